@@ -1,0 +1,1 @@
+//! What to break, when: injected faults, seeded and reproducible.

@@ -1,0 +1,5 @@
+//! PCI: config space, BARs, MSI-X; to be written.
+
+/// Interrupt vectors towards the client.
+#[derive(Debug)]
+pub struct Interrupts;
