@@ -6,4 +6,5 @@
 //!
 //! Not implemented: mlx5's on-demand paging as a subscriber, a registration cache.
 
+pub mod mm;
 pub mod notifier;
