@@ -6,5 +6,7 @@
 //!
 //! Not implemented: mlx5's on-demand paging as a subscriber, a registration cache.
 
+pub mod fence;
 pub mod mm;
 pub mod notifier;
+pub mod subscribers;
