@@ -1,7 +1,14 @@
-//! The host daemon: it plays the part that the kernel's mmu notifier plays for an in-kernel driver.
+//! The host daemon: the notifier chain, the cache of an address space, its subscribers, and the sessions
+//! of the applications whose memory it is.
 //!
-//! Not implemented: a hook into this kernel's own mmu notifier (the chain here is a user-space
-//! implementation of its contract, fed by userfaultfd and by the agent), sessions of another pid
-//! namespace, more than one device a daemon.
+//! Nothing here hooks this kernel's own mmu notifiers: [`notifier`] is a user-space implementation of their
+//! contract, fed by the agent's covered calls and by userfaultfd. And nothing here knows what an entry of a
+//! device's TLB looks like: devices are reached through the `driver` crate.
+//!
+//! Not implemented: mlx5's on-demand paging as a subscriber, a registration cache, agents in another pid
+//! namespace than the daemon's.
 
 pub mod daemon;
+pub mod notifier;
+pub mod session;
+pub mod uffd;

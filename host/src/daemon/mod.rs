@@ -1,6 +1,8 @@
 //! The daemon: one device, one control socket, many sessions.
 
 mod config;
+pub mod iova;
+mod listener;
 
 pub use config::{DEFAULT_FENCE_TIMEOUT, HostConfig, Ready, ReadyCallback, ReclaimConfig, Stop, StopHandle};
 
