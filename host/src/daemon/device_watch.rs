@@ -17,7 +17,7 @@ pub(super) async fn device_gone(backing: Arc<dyn Backing>) -> String {
     let pidfd: Option<AsyncFd<OwnedFd>> = backing
         .pidfd()
         .and_then(|fd| fd.try_clone_to_owned().ok())
-        .and_then(|fd| AsyncFd::with_interest(fd, Interest::READABLE).ok());
+        .and_then(|fd| AsyncFd::register_with_interest(fd, Interest::READABLE).ok());
     let process_ended = async {
         match &pidfd {
             Some(fd) => drop(fd.readable().await),
