@@ -6,6 +6,7 @@ mod device_fence;
 mod device_watch;
 pub mod iova;
 mod listener;
+mod readiness;
 mod reclaim;
 mod serve;
 

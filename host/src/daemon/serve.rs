@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use protos::bridge::control::{Notice, Reply};
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -16,6 +15,7 @@ use super::config::{Stop, StopSource};
 use super::core::Core;
 use super::device_watch::device_gone;
 use super::listener::Listener;
+use super::readiness::{watch, watch_readable};
 use crate::session::packet::{Packet, PacketError, receive, send};
 use crate::session::identity::{Identity, duplicate};
 use crate::session::{Answer, Connection, Refusal};
@@ -49,7 +49,7 @@ enum Shutdown {
 async fn stop_asked(stop: &Stop) -> io::Result<()> {
     match &stop.0 {
         StopSource::Fd(fd) => {
-            let fd = AsyncFd::register_with_interest(duplicate(fd)?, Interest::READABLE)?;
+            let fd = watch_readable(duplicate(fd)?)?;
             drop(fd.readable().await?);
         }
         StopSource::Signals => {
@@ -69,7 +69,7 @@ pub(super) async fn serve(core: Arc<Core>, listener: Listener, stop: Stop) -> io
     let (shutdown, _) = watch::channel(Shutdown::No);
     let mut connections = JoinSet::new();
     let mut numbers = 0u64;
-    let listener = AsyncFd::register_with_interest(listener, Interest::READABLE)?;
+    let waiting = watch_readable(duplicate(&listener)?)?;
     let ending = {
         let stopped = stop_asked(&stop);
         let gone = device_gone(core.backing.clone());
@@ -83,7 +83,7 @@ pub(super) async fn serve(core: Arc<Core>, listener: Listener, stop: Stop) -> io
                     break Ending::Stopped;
                 }
                 Some(ended) = connections.join_next() => report_panic(ended),
-                ready = listener.readable() => match ready?.try_io(|l| l.get_ref().accept()) {
+                ready = waiting.readable() => match ready?.try_io(|_| listener.accept()) {
                     Err(_not_now) => {}
                     Ok(Ok(socket)) if connections.len() < MOST_CONNECTIONS => {
                         numbers += 1;
@@ -101,7 +101,7 @@ pub(super) async fn serve(core: Arc<Core>, listener: Listener, stop: Stop) -> io
         }
     };
     // Nobody gets in any more, and the next daemon may take the path.
-    drop(listener);
+    drop((waiting, listener));
     shutdown.send_replace(match &ending {
         Ending::Stopped => Shutdown::Stopping,
         Ending::DeviceGone(reason) => Shutdown::DeviceGone(reason.clone()),
@@ -152,8 +152,8 @@ async fn reply(socket: &AsyncFd<OwnedFd>, answer: &Answer) -> io::Result<()> {
 async fn connection(core: Arc<Core>, number: u64, socket: OwnedFd, mut shutdown: watch::Receiver<Shutdown>) {
     use std::os::fd::AsFd;
     let opened = Identity::of_socket(socket.as_fd()).and_then(|identity| {
-        let pidfd = AsyncFd::register_with_interest(duplicate(&identity.pidfd)?, Interest::READABLE)?;
-        Ok((identity, pidfd, AsyncFd::register(socket)?))
+        let pidfd = watch_readable(duplicate(&identity.pidfd)?)?;
+        Ok((identity, pidfd, watch(socket)?))
     });
     let (identity, pidfd, socket) = match opened {
         Ok(opened) => opened,

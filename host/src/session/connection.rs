@@ -122,7 +122,7 @@ impl Connection {
                     ecause: detail.ecause,
                     exceptdet0: detail.exceptdet0,
                     exceptdet1: detail.exceptdet1,
-                    cbrstate: detail.cbrstate.into(),
+                    cbrstate: u32::from(detail.cbrstate.0),
                     cbrexecstatus: detail.cbrexecstatus.into(),
                 }
                 .into())
