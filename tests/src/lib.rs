@@ -1,1 +1,6 @@
-//! To be written.
+//! What the integration tests share: a backing that is a device in the same process, a model page table and
+//! test bodies that run over any backing, processes of the command-line tool.
+
+pub mod gru;
+pub mod in_process;
+pub mod processes;
