@@ -1,2 +1,4 @@
-//! To be written.
+//! The command-line tool.
+mod demo;
+mod latency;
 fn main() {}

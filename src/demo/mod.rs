@@ -1,0 +1,2 @@
+//! `tlbridge demo`.
+mod application;
