@@ -102,7 +102,7 @@ impl<'m> Machine<'m> {
             let pages = match self.fault {
                 Fault::NoPurge => 0,
                 Fault::FirstPageOnly => 1,
-                fault if fault == kind => 0,
+                fault if fault != Fault::None && fault == kind => 0,
                 _ => len / PAGE,
             };
             for page in start / PAGE..start / PAGE + pages {
