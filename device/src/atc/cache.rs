@@ -1,0 +1,267 @@
+//! The ATC over client memory.
+
+use std::ops::Range;
+use std::sync::{Arc, OnceLock, Weak};
+
+use crate::dma::{self, DmaError, TargetCache};
+
+use super::core::{Begun, Core};
+use super::engine::{Engine, assert_no_guard};
+use super::reach::{Reach, Span};
+use super::slot::Entry;
+use super::types::{
+    Access, AtcConfig, AtcStats, EntryDump, Fill, FillRefused, PageSize, Purge, PurgeProgress, PurgeReport,
+    SpaceId,
+};
+
+/// Where injected faults get in. None of this is called unless [`Atc::set_hooks`] was.
+pub trait Hooks: Send + Sync + std::fmt::Debug {
+    /// An access has its translation, and the guard has not been returned yet: blocking here parks an
+    /// engine inside a guard.
+    fn translated(&self, space: SpaceId, va: u64, access: Access, tag: u64) {
+        let _ = (space, va, access, tag);
+    }
+    /// A purge has killed and cleared; it has not drained yet.
+    fn purge_begun(&self, what: &Purge) {
+        let _ = what;
+    }
+    /// A purge is about to return: drained, no longer in progress.
+    fn purge_finished(&self, what: &Purge, report: &PurgeReport) {
+        let _ = (what, report);
+    }
+}
+
+/// [`Atc::set_hooks`] was called twice.
+#[derive(Debug, thiserror::Error, PartialEq, Eq, Clone, Copy)]
+#[error("this ATC has hooks already; set them once, before the engines start")]
+pub struct HooksAlreadySet;
+
+/// A device TLB.
+#[derive(Debug)]
+pub struct Atc {
+    pub(super) core: Core,
+    dma: Arc<dma::Space>,
+    pub(super) hooks: OnceLock<Arc<dyn Hooks>>,
+}
+
+/// A purge whose second half is owed. Until [`Atc::purge_finish`] takes it, no fill that meets the range
+/// is accepted.
+#[derive(Debug)]
+#[must_use = "a purge that is not finished refuses fills of its range forever"]
+pub struct PurgeToken {
+    what: Purge,
+    begun: Begun,
+}
+
+impl PurgeToken {
+    /// What was purged.
+    #[must_use]
+    pub fn what(&self) -> Purge {
+        self.what
+    }
+
+    /// The first half's figures.
+    #[must_use]
+    pub fn report(&self) -> PurgeReport {
+        self.begun.report
+    }
+}
+
+impl Atc {
+    /// An empty ATC over the client's memory; `dma` purges it from now on.
+    #[must_use]
+    pub fn new(config: AtcConfig, dma: Arc<dma::Space>) -> Arc<Self> {
+        let atc = Arc::new(Self {
+            core: Core::new(&config),
+            dma,
+            hooks: OnceLock::new(),
+        });
+        let weak: Weak<dyn TargetCache> = Arc::<Self>::downgrade(&atc);
+        atc.dma.attach_cache(weak);
+        atc
+    }
+
+    /// Install fault hooks, once.
+    ///
+    /// # Errors
+    /// [`HooksAlreadySet`].
+    pub fn set_hooks(&self, hooks: Arc<dyn Hooks>) -> Result<(), HooksAlreadySet> {
+        self.hooks.set(hooks).map_err(|_| HooksAlreadySet)
+    }
+
+    /// The client's memory.
+    #[must_use]
+    pub fn dma(&self) -> &Arc<dma::Space> {
+        &self.dma
+    }
+
+    /// A handle for one thread; `None` when all of [`AtcConfig::engines`] are taken.
+    #[must_use]
+    pub fn engine(self: &Arc<Self>) -> Option<Engine> {
+        let slot = self.core.claim()?;
+        Some(Engine::new(Arc::clone(self), slot))
+    }
+
+    /// Publish a miss under `ticket`, before software can learn of it. From now on the ticket collects
+    /// purges; if it is open already it starts over.
+    ///
+    /// # Panics
+    /// When `ticket` is not below [`AtcConfig::tickets`], or this thread holds a guard.
+    pub fn open_miss(&self, ticket: usize, space: SpaceId, va: u64) {
+        assert_no_guard("a miss was opened");
+        self.core.open(ticket, space.0, va);
+    }
+
+    /// The miss is answered or given up.
+    ///
+    /// # Panics
+    /// When `ticket` is not below [`AtcConfig::tickets`].
+    pub fn close_miss(&self, ticket: usize) {
+        self.core.close(ticket);
+    }
+
+    /// Whether the missed page itself was purged since the miss was opened. (A fill of a larger span can
+    /// be refused although this is false.)
+    #[must_use]
+    pub fn miss_killed(&self, ticket: usize) -> bool {
+        self.core.ticket(ticket).is_some_and(|t| {
+            let first = PageSize::SIZE_4K.base(t.va);
+            let last = first + (PageSize::SIZE_4K.bytes() - 1);
+            t.met(t.space, Span { first, last })
+        })
+    }
+
+    /// How far the purges that meet `fill`'s span have come since the miss was opened. A fault plan that
+    /// wants to answer a miss too late waits for [`PurgeProgress::Finished`].
+    #[must_use]
+    pub fn purge_progress(&self, ticket: usize, fill: &Fill) -> PurgeProgress {
+        let first = fill.size.base(fill.va);
+        let last = fill.size.bytes() - 1;
+        let target = Span {
+            first: fill.iova,
+            last: fill.iova.saturating_add(last),
+        };
+        let va = Span {
+            first,
+            last: first + last,
+        };
+        self.core.progress(ticket, fill.space.0, va, target)
+    }
+
+    /// Enter a translation that software looked up for the miss under `ticket`. The ticket stays open.
+    ///
+    /// May sleep: it takes the IOVA map's lock and makes the target's pages present (at most
+    /// [`dma::POPULATE_LIMIT`] of them around the missed address) before the entry is visible.
+    ///
+    /// # Errors
+    /// [`FillRefused`]: nothing was entered.
+    ///
+    /// # Panics
+    /// When this thread holds a guard.
+    pub fn fill(&self, ticket: usize, fill: Fill) -> Result<(), FillRefused> {
+        assert_no_guard("a fill was executed");
+        let Some(miss) = self.core.ticket(ticket) else {
+            self.core.count_refused();
+            return Err(FillRefused::NoTicket);
+        };
+        let va = fill.size.base(fill.va);
+        self.enter(ticket, va, miss.va, &fill).inspect_err(|refused| {
+            if matches!(refused, FillRefused::Target(_)) {
+                self.core.count_refused();
+            }
+        })
+    }
+
+    fn enter(&self, ticket: usize, va: u64, missed: u64, fill: &Fill) -> Result<(), FillRefused> {
+        let size = fill.size.bytes();
+        if !fill.iova.is_multiple_of(size) {
+            return Err(FillRefused::Target(DmaError::Unaligned {
+                what: "target IOVA",
+                value: fill.iova,
+                align: size,
+            }));
+        }
+        let need = dma::Prot {
+            read: true,
+            write: fill.writable,
+        };
+        // Held until the entry is in: an unmap takes the mapping out of the table under the write lock
+        // before it purges, so that purge sees the entry, or this fails.
+        let target = self.dma.resolve_for(fill.iova, size, need)?;
+        let focus = missed
+            .checked_sub(va)
+            .filter(|&offset| offset < size)
+            .unwrap_or(0);
+        target.populate(focus, fill.writable)?;
+        self.core.fill(
+            ticket,
+            &Entry {
+                space: fill.space.0,
+                va,
+                shift: fill.size.shift(),
+                writable: fill.writable,
+                host: target.ptr().as_ptr().expose_provenance() as u64,
+                iova: fill.iova,
+                tag: fill.tag,
+            },
+        )
+    }
+
+    /// Kill what is outstanding, clear entries, drain. When it returns no access through an old entry is
+    /// running or can start. Takes no lock that can sleep, allocates nothing, makes no system call but
+    /// sched_yield (counted in the report).
+    ///
+    /// # Panics
+    /// When this thread holds a guard.
+    pub fn purge(&self, what: Purge) -> PurgeReport {
+        self.purge_finish(self.purge_begin(what))
+    }
+
+    /// First half of [`Atc::purge`]: kill and clear.
+    ///
+    /// # Panics
+    /// When this thread holds a guard.
+    pub fn purge_begin(&self, what: Purge) -> PurgeToken {
+        assert_no_guard("a purge was started");
+        let begun = self.core.begin(Reach::from(what));
+        if let Some(hooks) = self.hooks.get() {
+            hooks.purge_begun(&what);
+        }
+        PurgeToken { what, begun }
+    }
+
+    /// Second half of [`Atc::purge`]: wait for running accesses.
+    ///
+    /// # Panics
+    /// When this thread holds a guard.
+    pub fn purge_finish(&self, token: PurgeToken) -> PurgeReport {
+        assert_no_guard("a purge was finished");
+        let report = self.core.finish(token.begun);
+        if let Some(hooks) = self.hooks.get() {
+            hooks.purge_finished(&token.what, &report);
+        }
+        report
+    }
+
+    /// Counters.
+    #[must_use]
+    pub fn stats(&self) -> AtcStats {
+        self.core.stats()
+    }
+
+    /// Up to `max` entries, in no particular order.
+    #[must_use]
+    pub fn dump(&self, max: usize) -> Vec<EntryDump> {
+        self.core.entries(max).iter().map(Entry::dump).collect()
+    }
+}
+
+impl TargetCache for Atc {
+    fn purge_target(&self, iova: Range<u64>) {
+        // The map's bounds are exclusive, and its "everything" ends at u64::MAX, where nothing is mapped.
+        self.purge(Purge::Target {
+            start: iova.start,
+            end: iova.end,
+        });
+    }
+}
