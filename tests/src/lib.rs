@@ -1,1 +1,3 @@
-//! To be written.
+//! What the integration tests share: processes of the command-line tool.
+
+pub mod processes;

@@ -1,0 +1,118 @@
+//! The state that connections and engines share.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, RwLock};
+
+use protos::gru::{cb, cbe, map};
+
+use super::chiplet::{Chiplet, bits};
+use super::memory::BarMemory;
+use super::trapped::Trapped;
+use super::wake::Wake;
+use super::{Counters, GruConfig};
+use crate::faults::Faults;
+use crate::pci::Interrupts;
+
+/// Everything but the threads.
+///
+/// Lock order: `quiesce`, then a chiplet's configuration, then a CBR's state, then what the ATC and DMA take.
+#[derive(Debug)]
+pub(super) struct Hardware {
+    pub(super) config: GruConfig,
+    /// BAR2.
+    pub(super) memory: BarMemory,
+    pub(super) wake: Arc<Wake>,
+    pub(super) chiplets: Vec<Chiplet>,
+    pub(super) interrupts: Arc<Interrupts>,
+    pub(super) faults: Arc<Faults>,
+    pub(super) trapped: Trapped,
+    pub(super) counters: Counters,
+    /// Engines hold it for reading while they look and work; a reset takes it for writing.
+    pub(super) quiesce: RwLock<()>,
+}
+
+impl Hardware {
+    /// After a store that may start something.
+    pub(super) fn ring(&self) {
+        self.wake.ring();
+    }
+
+    // ---- words of CB and CBE ----
+
+    pub(super) fn cbrstate(&self, chiplet: &Chiplet, cbr: usize) -> cbe::State {
+        let word = self.memory.word(chiplet.cbe(cbr) + cbe::STATE).load(Ordering::Acquire);
+        cbe::Status::from_bits(word).cbrstate()
+    }
+
+    pub(super) fn set_cbrstate(&self, chiplet: &Chiplet, cbr: usize, state: cbe::State) {
+        let word = self.memory.word(chiplet.cbe(cbr) + cbe::STATE);
+        let status = cbe::Status::from_bits(word.load(Ordering::Acquire));
+        word.store(status.with_cbrstate(state).into_bits(), Ordering::Release);
+    }
+
+    /// Changes istatus (and isubstatus to none) of a CB and nothing else; everything before is visible first.
+    pub(super) fn set_istatus(&self, chiplet: &Chiplet, context: usize, logical: usize, status: cb::Status) {
+        let changed = |word| {
+            let control = cb::Control::from_bits(word).with_istatus(status).with_isubstatus(0);
+            Some(control.into_bits())
+        };
+        let word = self.memory.word(chiplet.cb(context, logical) + cb::CONTROL);
+        // An atomic change: software that has just been answered may already store the next command.
+        let _ = word.fetch_update(Ordering::AcqRel, Ordering::Relaxed, changed);
+    }
+
+    /// Context and logical CB of a physical CBR.
+    pub(super) fn owner(&self, chiplet: &Chiplet, cbr: usize) -> Option<(usize, usize)> {
+        bits(u64::from(chiplet.allocated.load(Ordering::Acquire))).find_map(|context| {
+            let cbr_map = chiplet.contexts[context].cbr_map.load(Ordering::Relaxed);
+            map::logical_cb(cbr_map, cbr).map(|logical| (context, logical))
+        })
+    }
+
+    /// Everything as after power-on. Engines finish their chunk first; nothing of the client's memory is cached
+    /// or touched when this returns.
+    pub(super) fn reset(&self) {
+        self.faults.interrupt_delays(true);
+        let quiet = self.quiesce.write().expect("no engine dies while it works");
+        for chiplet in &self.chiplets {
+            *chiplet.configuration.lock().expect("no thread dies while it configures a context") =
+                Default::default();
+            for word in [&chiplet.allocated, &chiplet.active, &chiplet.pending_cch, &chiplet.tgh_claims] {
+                word.store(0, Ordering::SeqCst);
+            }
+            for word in chiplet.allocated_cbrs.iter().chain(&chiplet.missing) {
+                word.store(0, Ordering::SeqCst);
+            }
+            for context in &chiplet.contexts {
+                context.clear();
+            }
+            for (number, cbr) in chiplet.cbrs.iter().enumerate() {
+                cbr.clear();
+                chiplet.atc.close_miss(number);
+            }
+            chiplet.atc.purge(crate::atc::Purge::All);
+        }
+        self.faults.forget_held();
+        self.trapped.clear();
+        if let Err(error) = self.memory.clear(0, protos::gru::pci::BAR_CHIPLETS_SIZE) {
+            tracing::error!(%error, "device memory could not be cleared: registers keep old values");
+        }
+        self.wake.count_reset();
+        self.faults.interrupt_delays(false);
+        drop(quiet);
+        self.ring();
+    }
+}
+
+/// A relaxed statistics counter.
+#[derive(Debug, Default)]
+pub(super) struct Count(AtomicU64);
+
+impl Count {
+    pub(super) fn bump(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+    pub(super) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}

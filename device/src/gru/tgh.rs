@@ -1,0 +1,142 @@
+//! TLB flush handles (reference section 4): kill, clear, drain, and only then idle.
+//!
+//! Any engine executes any TGH, between chunks and never under a guard. Nothing on the way sleeps or allocates.
+//! Two TGHs that purge the same context at once are independent: each waits for its own drain.
+//!
+//! Decided here (section 16): matching is by overlap, whatever the entry's page size; `n` = 1023 and any
+//! `vaddrmask` but all ones purge the whole ASID; `ctxbitmap` is not needed (the ATC kills and drains by
+//! address space, which covers every context that can use it); `delresp` is stored and never looked at.
+
+use std::ops::Range;
+use std::sync::atomic::{Ordering, fence};
+
+use protos::gru::tgh::{self, Control, Count, Opc, Scope, State};
+use protos::gru::{HandleStatus, map, page_size};
+
+use super::chiplet::{Chiplet, bits};
+use super::hardware::Hardware;
+use crate::atc::{Purge, SpaceId};
+
+/// DW0 bits that the device owns: cmd, status, state, cause.
+const DEVICE_BITS: u64 = Control::new()
+    .with_cmd(true)
+    .with_status(HandleStatus(3))
+    .with_state(State(7))
+    .with_cause(7)
+    .into_bits();
+
+/// What a command purges.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Scoped {
+    All,
+    Asid(u32),
+    Range(u32, Range<u64>),
+}
+
+/// Decodes the operands (DW1 to DW3).
+pub(super) fn decode(vaddr: u64, scope: Scope, count: Count) -> Scoped {
+    if scope.global() {
+        return Scoped::All;
+    }
+    let shift = page_size::shift_of_code(scope.pagesize());
+    let (Some(shift), tgh::VADDRMASK_ALL) = (shift, count.vaddrmask()) else {
+        // Not what any known software asks for: purging too much is always safe.
+        return Scoped::Asid(scope.asid());
+    };
+    if count.n() == tgh::N_ALL {
+        return Scoped::Asid(scope.asid());
+    }
+    let start = vaddr >> shift << shift;
+    let bytes = (u64::from(count.n()) + 1) << shift;
+    Scoped::Range(scope.asid(), start..start.saturating_add(bytes))
+}
+
+impl Hardware {
+    /// Executes every TGH that has a command. Returns whether there was one.
+    pub(super) fn tgh_scan(&self, chiplet: &Chiplet) -> bool {
+        let mut worked = false;
+        for handle in 0..map::TGHS {
+            let control = self.memory.word(chiplet.tgh(handle) + tgh::CONTROL);
+            if control.load(Ordering::Relaxed) & 1 != 0 {
+                worked |= self.tgh_claim(chiplet, handle);
+            }
+        }
+        worked
+    }
+
+    fn tgh_claim(&self, chiplet: &Chiplet, handle: usize) -> bool {
+        let bit = 1u32 << handle;
+        if chiplet.tgh_claims.fetch_or(bit, Ordering::Acquire) & bit != 0 {
+            return false;
+        }
+        // The other engine may have finished it between the look and the claim.
+        let word = self.memory.word(chiplet.tgh(handle) + tgh::CONTROL);
+        let control = Control::from_bits(word.load(Ordering::Acquire));
+        if control.cmd() {
+            self.tgh_execute(chiplet, handle, control);
+        }
+        chiplet.tgh_claims.fetch_and(!bit, Ordering::Release);
+        control.cmd()
+    }
+
+    fn tgh_execute(&self, chiplet: &Chiplet, handle: usize, control: Control) {
+        let base = chiplet.tgh(handle);
+        let word = self.memory.word(base + tgh::CONTROL);
+        if control.opc() == Opc::TLBINV {
+            let operand = |offset| self.memory.word(base + offset).load(Ordering::Relaxed);
+            let scope = Scope::from_bits(operand(tgh::SCOPE));
+            let scoped = decode(operand(tgh::VADDR), scope, Count::from_bits(operand(tgh::COUNT)));
+            let purge = match &scoped {
+                Scoped::All => Purge::All,
+                Scoped::Asid(asid) => Purge::Space(SpaceId(u64::from(*asid))),
+                Scoped::Range(asid, range) => Purge::Range {
+                    space: SpaceId(u64::from(*asid)),
+                    start: range.start,
+                    end: range.end,
+                },
+            };
+            word.fetch_or(Control::new().with_state(State::WAITDONE).into_bits(), Ordering::Relaxed);
+            let report = chiplet.atc.purge(purge);
+            self.counters.tgh_purges.bump();
+            tracing::trace!(chiplet = chiplet.index, handle, ?scoped, ?report, "TLBINV");
+        }
+        // Everything that the purge promises is done before software can see idle. An atomic AND: software's
+        // delresp may change under us, everything else is set absolutely.
+        fence(Ordering::Release);
+        word.fetch_and(!DEVICE_BITS, Ordering::Release);
+    }
+
+    /// Whether a TGH waits for an engine.
+    pub(super) fn tgh_waiting(&self, chiplet: &Chiplet) -> bool {
+        bits((1 << map::TGHS) - 1)
+            .any(|handle| self.memory.word(chiplet.tgh(handle)).load(Ordering::Relaxed) & 1 != 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn count(n: u16) -> Count {
+        Count::new().with_vaddrmask(tgh::VADDRMASK_ALL).with_n(n)
+    }
+
+    #[test]
+    fn test_decode_when_range_is_small_covers_whole_pages() {
+        let scope = Scope::new().with_asid(9);
+        assert_eq!(decode(0x1234, scope, count(1)), Scoped::Range(9, 0x1000..0x3000));
+        let huge = scope.with_pagesize(5);
+        assert_eq!(decode(0x20_0000, huge, count(0)), Scoped::Range(9, 0x20_0000..0x40_0000));
+        let top = decode(u64::MAX - 4095, scope, count(9));
+        assert_eq!(top, Scoped::Range(9, u64::MAX - 4095..u64::MAX));
+    }
+
+    #[test]
+    fn test_decode_when_n_is_1023_purges_the_whole_asid() {
+        let scope = Scope::new().with_asid(9);
+        assert_eq!(decode(0x5000, scope, count(1023)), Scoped::Asid(9));
+        assert_eq!(decode(0x5000, scope, Count::new().with_n(3)), Scoped::Asid(9), "mask");
+        assert_eq!(decode(0x5000, scope.with_pagesize(31), count(3)), Scoped::Asid(9), "size");
+        assert_eq!(decode(0, scope.with_global(true), count(0)), Scoped::All);
+    }
+}

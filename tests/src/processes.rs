@@ -1,0 +1,249 @@
+//! Starting the command-line tool as a user does, finding its processes by role, and making sure that
+//! nothing is left behind.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// The `tlbridge` binary: `TLBRIDGE_BIN`, else the one beside the test's own target directory.
+///
+/// # Panics
+/// When there is none: says how to build it. (A missing binary is a broken test set-up, not a missing
+/// capability.)
+#[must_use]
+pub fn binary() -> PathBuf {
+    if let Some(path) = std::env::var_os("TLBRIDGE_BIN") {
+        return path.into();
+    }
+    let exe = std::env::current_exe().expect("current_exe");
+    // target/<profile>/deps/<test> -> target/<profile>/tlbridge
+    let candidate = exe
+        .parent()
+        .and_then(|d| d.parent())
+        .map(|d| d.join("tlbridge"))
+        .expect("target directory");
+    assert!(
+        candidate.exists(),
+        "{} is not there: run `cargo build --release`, or set TLBRIDGE_BIN",
+        candidate.display()
+    );
+    candidate
+}
+
+/// Whether this machine lets an ordinary run use userfaultfd; the reason if not.
+#[must_use]
+pub fn missing_capability() -> Option<String> {
+    if std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/userfaultfd")
+        .is_ok()
+    {
+        return None;
+    }
+    // The kernel without CONFIG_USERFAULTFD has neither file.
+    if std::path::Path::new("/proc/sys/vm/unprivileged_userfaultfd").exists() {
+        return None;
+    }
+    Some("no /dev/userfaultfd and no vm.unprivileged_userfaultfd: this kernel has no userfaultfd".into())
+}
+
+/// A running `tlbridge` with piped output.
+#[derive(Debug)]
+pub struct Tool {
+    child: Child,
+    stdout: std::thread::JoinHandle<String>,
+    stderr: std::thread::JoinHandle<String>,
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Exit status.
+    pub status: ExitStatus,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Ended {
+    /// The JSON object on standard output.
+    ///
+    /// # Panics
+    /// When there is none; shows both streams.
+    #[must_use]
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_str(self.stdout.trim()).unwrap_or_else(|e| {
+            panic!(
+                "no JSON object on stdout ({e})\nstdout: {}\nstderr: {}",
+                self.stdout, self.stderr
+            )
+        })
+    }
+}
+
+impl Tool {
+    /// Starts the binary with these arguments.
+    ///
+    /// # Panics
+    /// When it can't be started.
+    #[must_use]
+    pub fn start(arguments: &[&str]) -> Self {
+        let mut child = Command::new(binary())
+            .args(arguments)
+            .env("RUST_LOG", "warn")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|e| panic!("starting {}: {e}", binary().display()));
+        let (mut out, mut err) = (
+            child.stdout.take().expect("piped"),
+            child.stderr.take().expect("piped"),
+        );
+        let stdout = std::thread::spawn(move || {
+            let mut s = Vec::new();
+            let _ = out.read_to_end(&mut s);
+            String::from_utf8_lossy(&s).into_owned()
+        });
+        let stderr = std::thread::spawn(move || {
+            let mut s = Vec::new();
+            let _ = err.read_to_end(&mut s);
+            String::from_utf8_lossy(&s).into_owned()
+        });
+        Self {
+            child,
+            stdout,
+            stderr,
+        }
+    }
+
+    /// Its pid.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until it ends; `None` when it does not within `limit` (then it and its children are killed).
+    #[must_use]
+    pub fn wait(mut self, limit: Duration) -> Option<Ended> {
+        let deadline = Instant::now() + limit;
+        let status = loop {
+            match self.child.try_wait().expect("waitpid") {
+                Some(status) => break Some(status),
+                None if Instant::now() > deadline => break None,
+                // Polling a child's end: nothing is synchronised by this wait.
+                None => std::thread::sleep(Duration::from_millis(10)),
+            }
+        };
+        if status.is_none() {
+            for pid in descendants(self.child.id()) {
+                kill(pid, 9);
+            }
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        let (stdout, stderr) = (
+            self.stdout.join().expect("reader"),
+            self.stderr.join().expect("reader"),
+        );
+        match status {
+            Some(status) => Some(Ended {
+                status,
+                stdout,
+                stderr,
+            }),
+            None => {
+                println!("did not end within {limit:?}\nstdout: {stdout}\nstderr: {stderr}");
+                None
+            }
+        }
+    }
+
+    /// Waits until a child of this role is there; its pid. `None` when the tool ended before, or after
+    /// 60 s.
+    #[must_use]
+    pub fn child_of_role(&mut self, role: &str) -> Option<u32> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while Instant::now() < deadline {
+            if let Some(&pid) = roles(self.child.id()).get(role) {
+                return Some(pid);
+            }
+            if self.child.try_wait().ok().flatten().is_some() {
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        None
+    }
+}
+
+/// Children of `parent` by role: the first argument of their command line.
+#[must_use]
+pub fn roles(parent: u32) -> BTreeMap<String, u32> {
+    descendants(parent)
+        .into_iter()
+        .filter_map(|pid| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+            let role = line.split(|b| *b == 0).nth(1)?;
+            Some((String::from_utf8_lossy(role).into_owned(), pid))
+        })
+        .collect()
+}
+
+/// All processes below `parent`.
+#[must_use]
+pub fn descendants(parent: u32) -> Vec<u32> {
+    let mut found = Vec::new();
+    let mut todo = vec![parent];
+    while let Some(pid) = todo.pop() {
+        let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+            continue;
+        };
+        for task in tasks.flatten() {
+            let children = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            for child in children.split_whitespace().filter_map(|c| c.parse().ok()) {
+                found.push(child);
+                todo.push(child);
+            }
+        }
+    }
+    found
+}
+
+/// Sends a signal to a process that this test started.
+pub fn kill(pid: u32, signal: i32) {
+    let (Some(pid), Some(signal)) = (
+        rustix::process::Pid::from_raw(pid.cast_signed()),
+        rustix::process::Signal::from_named_raw(signal),
+    ) else {
+        return;
+    };
+    let _ = rustix::process::kill_process(pid, signal);
+}
+
+/// Whether a process is still there (a zombie is not).
+#[must_use]
+pub fn is_alive(pid: u32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|s| {
+        s.rsplit(')')
+            .next()
+            .is_some_and(|r| !r.trim_start().starts_with(['Z', 'X']))
+    })
+}
+
+/// Waits until none of these processes is left; the ones that are after `limit`.
+#[must_use]
+pub fn survivors(pids: &[u32], limit: Duration) -> Vec<u32> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let left: Vec<u32> = pids.iter().copied().filter(|p| is_alive(*p)).collect();
+        if left.is_empty() || Instant::now() > deadline {
+            return left;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

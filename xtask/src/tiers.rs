@@ -1,0 +1,281 @@
+//! The steps of `cargo xtask test` and `cargo xtask soak`.
+
+use crate::run::{Outcome, Totals, step};
+use crate::{layering, provision};
+use anyhow::{Context, bail};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// A named step of a run.
+struct Step {
+    name: &'static str,
+    what: &'static str,
+    limit: Duration,
+    command: fn(&Path) -> Command,
+}
+
+/// Tests that need no process, socket or privilege beyond their own process.
+const IN_PROCESS: &[&str] = &["gru_in_process"];
+
+const STEPS: &[Step] = &[
+    Step {
+        name: "format",
+        what: "rustfmt",
+        limit: MINUTE,
+        command: |_| cargo(&["fmt", "--all", "--check"]),
+    },
+    Step {
+        name: "clippy",
+        what: "warnings denied",
+        limit: Duration::from_secs(15 * 60),
+        command: |_| cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]),
+    },
+    Step {
+        name: "unit",
+        what: "each crate's own tests",
+        limit: Duration::from_secs(20 * 60),
+        command: |_| {
+            cargo(&[
+                "test",
+                "--workspace",
+                "--exclude",
+                "tlbridge-tests",
+                "--lib",
+                "--bins",
+                "--tests",
+                "--",
+                "--show-output",
+            ])
+        },
+    },
+    Step {
+        name: "model-checking",
+        what: "loom on the device TLB's protocol",
+        limit: Duration::from_secs(15 * 60),
+        command: |root| {
+            let mut c = cargo(&["test", "--release", "-p", "tlbridge-device", "--lib", "loom_"]);
+            c.env("RUSTFLAGS", "--cfg loom")
+                .env("CARGO_TARGET_DIR", root.join("target/loom"));
+            c
+        },
+    },
+    Step {
+        name: "build",
+        what: "release binary and agent library",
+        limit: Duration::from_secs(20 * 60),
+        command: |_| cargo(&["build", "--release", "--workspace"]),
+    },
+    Step {
+        name: "in-process",
+        what: "the real driver on the real device, one process",
+        limit: Duration::from_secs(15 * 60),
+        command: |root| integration(root, true),
+    },
+    Step {
+        name: "sandbox",
+        what: "processes, sockets, userfaultfd",
+        limit: Duration::from_secs(40 * 60),
+        command: |root| integration(root, false),
+    },
+];
+
+fn cargo(arguments: &[&str]) -> Command {
+    let mut c = Command::new(env!("CARGO"));
+    c.args(arguments).env("CARGO_TERM_COLOR", "never");
+    c
+}
+
+fn integration(root: &Path, in_process: bool) -> Command {
+    let mut c = cargo(&["test", "--release", "-p", "tlbridge-tests"]);
+    // What the sandbox tests start: the binary and the agent library of the step before.
+    c.env("TLBRIDGE_BIN", root.join("target/release/tlbridge"));
+    c.env(
+        "TLBRIDGE_AGENT_LIB",
+        root.join("target/release/libtlbridge_agent.so"),
+    );
+    for name in test_targets(root) {
+        if IN_PROCESS.contains(&name.as_str()) == in_process {
+            c.args(["--test", &name]);
+        }
+    }
+    // One at a time: these tests measure, and they start several busy processes each.
+    c.args(["--", "--show-output", "--test-threads=1"]);
+    c
+}
+
+fn test_targets(root: &Path) -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir(root.join("tests/tests"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|e| {
+            e.file_name()
+                .to_str()
+                .and_then(|n| n.strip_suffix(".rs"))
+                .map(str::to_owned)
+        })
+        .collect();
+    names.sort();
+    names
+}
+
+fn root() -> anyhow::Result<PathBuf> {
+    let manifest = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    Ok(manifest
+        .parent()
+        .context("xtask has no parent directory")?
+        .to_owned())
+}
+
+/// Runs the steps; true if all passed. The last line is the totals.
+pub fn test(only: &[String], keep_going: bool) -> anyhow::Result<bool> {
+    for name in only {
+        if name != "layering" && !STEPS.iter().any(|s| s.name == name) {
+            let names: Vec<_> = STEPS.iter().map(|s| s.name).collect();
+            bail!(
+                "no step is called {name}; there are: layering, {}",
+                names.join(", ")
+            );
+        }
+    }
+    let root = root()?;
+    std::env::set_current_dir(&root).with_context(|| format!("entering {}", root.display()))?;
+    let logs = root.join("target/xtask");
+    std::fs::create_dir_all(&logs).with_context(|| format!("creating {}", logs.display()))?;
+    provision::need("cc", &["gcc", "libc6-dev"]);
+    describe_machine();
+
+    let begin = Instant::now();
+    let mut totals = Totals::default();
+    let mut failed_steps = Vec::new();
+    if only.is_empty() || only.iter().any(|o| o == "layering") {
+        layering::check()?;
+    }
+    for s in STEPS
+        .iter()
+        .filter(|s| only.is_empty() || only.iter().any(|o| o == s.name))
+    {
+        println!("== {}: {}", s.name, s.what);
+        let log = logs.join(format!("{}.log", s.name));
+        let outcome = step(s.name, &mut (s.command)(&root), &log, s.limit)?;
+        report(s.name, &outcome, &log);
+        totals.add(&outcome.totals);
+        if !outcome.ok {
+            failed_steps.push(s.name);
+            if !keep_going {
+                break;
+            }
+        }
+    }
+    println!("== deny: licences and advisories");
+    if provision::on_path("cargo-deny") {
+        let log = logs.join("deny.log");
+        let outcome = step(
+            "deny",
+            &mut cargo(&["deny", "check", "licenses", "bans", "sources"]),
+            &log,
+            5 * MINUTE,
+        )?;
+        report("deny", &outcome, &log);
+        if !outcome.ok {
+            failed_steps.push("deny");
+        }
+    } else {
+        totals
+            .skips
+            .push("cargo-deny is not installed (cargo install cargo-deny): deny.toml not checked".into());
+    }
+    summary(&totals, &failed_steps, begin.elapsed());
+    Ok(failed_steps.is_empty() && totals.failed == 0)
+}
+
+fn report(name: &str, outcome: &Outcome, log: &Path) {
+    let verdict = if outcome.ok { "ok" } else { "FAILED" };
+    println!(
+        "-- {name}: {verdict}, {} passed, {} failed, {:.0} s",
+        outcome.totals.passed,
+        outcome.totals.failed,
+        outcome.took.as_secs_f64()
+    );
+    if !outcome.ok {
+        let text = std::fs::read_to_string(log).unwrap_or_default();
+        let lines: Vec<_> = text.lines().collect();
+        for line in &lines[lines.len().saturating_sub(80)..] {
+            println!("   | {line}");
+        }
+        println!("   whole output: {}", log.display());
+    }
+}
+
+fn summary(totals: &Totals, failed_steps: &[&str], took: Duration) {
+    println!("== summary after {:.1} minutes", took.as_secs_f64() / 60.0);
+    for skip in &totals.skips {
+        println!("skipped: {skip}");
+    }
+    for name in &totals.failures {
+        println!("failed: {name}");
+    }
+    if !failed_steps.is_empty() {
+        println!("failed steps: {}", failed_steps.join(", "));
+    }
+    println!("left out (long forms): cargo xtask soak");
+    let failed = totals.failed.max(failed_steps.len() as u64);
+    println!(
+        "{} passed, {} failed, {} skipped",
+        totals.passed,
+        failed,
+        totals.skips.len() as u64 + totals.ignored
+    );
+}
+
+/// The capabilities that decide what is tested here.
+fn describe_machine() {
+    let read = |p: &str| std::fs::read_to_string(p).unwrap_or_default().trim().to_owned();
+    println!(
+        "machine: Linux {}, {} CPUs, vm.unprivileged_userfaultfd={}, /dev/userfaultfd {}",
+        read("/proc/sys/kernel/osrelease"),
+        std::thread::available_parallelism().map_or(0, usize::from),
+        read("/proc/sys/vm/unprivileged_userfaultfd"),
+        if Path::new("/dev/userfaultfd").exists() {
+            "present"
+        } else {
+            "absent"
+        }
+    );
+}
+
+/// Long forms of the tests.
+pub fn soak(minutes: u64) -> anyhow::Result<bool> {
+    let root = root()?;
+    std::env::set_current_dir(&root).with_context(|| format!("entering {}", root.display()))?;
+    let logs = root.join("target/xtask");
+    std::fs::create_dir_all(&logs).with_context(|| format!("creating {}", logs.display()))?;
+    let build = step(
+        "build",
+        &mut cargo(&["build", "--release", "--workspace"]),
+        &logs.join("soak-build.log"),
+        20 * MINUTE,
+    )?;
+    report("build", &build, &logs.join("soak-build.log"));
+    if !build.ok {
+        return Ok(false);
+    }
+    let mut command = integration(&root, false);
+    command
+        .env("TLBRIDGE_HAMMER_SECONDS", (minutes * 60).to_string())
+        .env("TLBRIDGE_ROUNDS", "200");
+    let log = logs.join("soak.log");
+    println!("== soak: hammer of {minutes} minutes, 200 rounds where rounds count");
+    let limit = Duration::from_secs(minutes * 60 * 3) + 120 * MINUTE;
+    let outcome = step("soak", &mut command, &log, limit)?;
+    report("soak", &outcome, &log);
+    summary(
+        &outcome.totals,
+        if outcome.ok { &[] } else { &["soak"] },
+        outcome.took,
+    );
+    Ok(outcome.ok)
+}
