@@ -9,6 +9,7 @@
 //! namespace than the daemon's.
 
 pub mod daemon;
+pub mod mm;
 pub mod notifier;
 pub mod session;
 pub mod uffd;

@@ -426,7 +426,7 @@ fn check_msix(spec: MsixSpec, bars: &[Option<FunctionBar>; BARS]) -> Result<(), 
     let Some(Some(bar)) = bars.get(spec.bar) else {
         return fail("its BAR does not exist");
     };
-    if spec.table_offset % 8 != 0 || spec.pba_offset % 8 != 0 {
+    if !spec.table_offset.is_multiple_of(8) || !spec.pba_offset.is_multiple_of(8) {
         return fail("table and pending-bit array have to be 8-byte aligned");
     }
     let end = |offset: u64, size| {

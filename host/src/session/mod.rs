@@ -1,0 +1,4 @@
+//! Sessions.
+pub mod identity;
+pub mod memory;
+pub mod packet;

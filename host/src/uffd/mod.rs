@@ -1,0 +1,3 @@
+//! userfaultfd.
+mod ioctl;
+mod message;
