@@ -315,9 +315,6 @@ pub struct ApplicationArgs {
     /// Memory.
     #[arg(long)]
     pub memory_mib: u64,
-    /// Only raw system calls disturb (for the safety net's fault).
-    #[arg(long)]
-    pub raw_only: bool,
     /// Supervision.
     #[command(flatten)]
     pub supervised: Supervised,

@@ -180,8 +180,8 @@ pub fn layout(base: u64, pages: usize) -> Vec<Slot> {
         slots.push(Slot::new(slots.len(), va, size));
         va += size as u64 * PAGE;
         used += size;
-        if slots.len() == 1 << 12 {
-            break; // a word holds 12 bits of slot number
+        if slots.len() == (1 << 12) - 1 {
+            break; // a word holds 12 bits of slot number, and the last one is the purgeable area's
         }
     }
     slots

@@ -98,6 +98,11 @@ impl<'a, E: Executor> Worker<'a, E> {
         }
     }
 
+    /// Its control block, between two steps.
+    pub fn executor(&mut self) -> &mut E {
+        &mut self.executor
+    }
+
     /// Runs and judges one instruction.
     ///
     /// # Errors
