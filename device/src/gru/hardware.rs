@@ -7,10 +7,11 @@ use protos::gru::{cb, cbe, map};
 
 use super::chiplet::{Chiplet, bits};
 use super::memory::BarMemory;
+use super::tfh::Operands;
 use super::trapped::Trapped;
 use super::wake::Wake;
 use super::{Counters, GruConfig};
-use crate::faults::Faults;
+use crate::faults::{HeldFills, Parking};
 use crate::pci::Interrupts;
 
 /// Everything but the threads.
@@ -24,7 +25,8 @@ pub(super) struct Hardware {
     pub(super) wake: Arc<Wake>,
     pub(super) chiplets: Vec<Chiplet>,
     pub(super) interrupts: Arc<Interrupts>,
-    pub(super) faults: Arc<Faults>,
+    pub(super) held_fills: HeldFills<Operands>,
+    pub(super) parking: Option<Arc<Parking>>,
     pub(super) trapped: Trapped,
     pub(super) counters: Counters,
     /// Engines hold it for reading while they look and work; a reset takes it for writing.
@@ -35,6 +37,13 @@ impl Hardware {
     /// After a store that may start something.
     pub(super) fn ring(&self) {
         self.wake.ring();
+    }
+
+    /// Resets and stops do not wait for the fault plan.
+    pub(super) fn interrupt_delays(&self, interrupted: bool) {
+        if let Some(parking) = &self.parking {
+            parking.interrupt(interrupted);
+        }
     }
 
     // ---- words of CB and CBE ----
@@ -72,7 +81,7 @@ impl Hardware {
     /// Everything as after power-on. Engines finish their chunk first; nothing of the client's memory is cached
     /// or touched when this returns.
     pub(super) fn reset(&self) {
-        self.faults.interrupt_delays(true);
+        self.interrupt_delays(true);
         let quiet = self.quiesce.write().expect("no engine dies while it works");
         for chiplet in &self.chiplets {
             *chiplet.configuration.lock().expect("no thread dies while it configures a context") =
@@ -92,13 +101,13 @@ impl Hardware {
             }
             chiplet.atc.purge(crate::atc::Purge::All);
         }
-        self.faults.forget_held();
+        self.held_fills.forget();
         self.trapped.clear();
         if let Err(error) = self.memory.clear(0, protos::gru::pci::BAR_CHIPLETS_SIZE) {
             tracing::error!(%error, "device memory could not be cleared: registers keep old values");
         }
         self.wake.count_reset();
-        self.faults.interrupt_delays(false);
+        self.interrupt_delays(false);
         drop(quiet);
         self.ring();
     }

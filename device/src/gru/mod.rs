@@ -1,1 +1,378 @@
-//! To be written.
+//! The GRU: a chiplet pair with contexts, control blocks, a TLB that misses, and handles that flush it.
+//!
+//! Section numbers are those of the project's GRU hardware reference. Map: [`memory`](self) holds the BARs;
+//! `registers` decodes trapped accesses; `cch`, `tgh`, `tfh`, `tfm` are the handles; `cb` and
+//! `instructions` execute; `engine` and `wake` are the threads and how they sleep.
+//!
+//! # How a store becomes a command
+//! All words live in one memfd for BAR2. In [`Doorbell::Trap`] mode the connection's thread stores into it
+//! and rings; in [`Doorbell::Poll`] mode software stores into the mapped file and rings by the doorbell page
+//! (or its ioeventfd) when no engine is awake. Engines execute what they find: the same code in both modes.
+//! CBE and CCH are trapped in both.
+//!
+//! # What is not implemented
+//! * MESQ, GAMXR, GAMIRR, GAMERR, BSTORE, VFLUSH, and the extended codes CADD, QCHK1, QCHK2, DECZ, EPOLL, NPOLL: they
+//!   end with INVALID_INSTRUCTION.
+//! * Unmapped mode (ima bit 1): UNMAPPED_MODE_FORBIDDEN, or EXECUTION_HW_ERROR in a context with unmap_enable.
+//! * Address classes other than RAM: IAA_GAA_MISMATCH. Page sizes above 1 GiB: TLBHW_ERROR.
+//! * `indexway`, `tlb_fault_color`, `req_slice`, the error causes of TGH; exact-size matching of purges
+//!   (overlap always), response delay (ima bit 0: ignored).
+
+mod cb;
+mod cch;
+mod chiplet;
+mod dump;
+mod engine;
+mod hardware;
+mod instructions;
+mod memory;
+mod registers;
+#[cfg(test)]
+mod tests;
+mod tfh;
+mod tfm;
+mod tgh;
+mod trapped;
+mod wake;
+
+use std::io;
+use std::sync::{Arc, Mutex, RwLock};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use protos::gru::{map, pci, tfh as tfh_words};
+
+use crate::atc::{self, Atc, AtcConfig};
+use crate::faults::{BreakPlan, FaultPlan, HeldFills, Parking};
+use crate::model::{AccessError, BarMmap, BarSpec, Identity, IoEventFd, Model, ModelContext, MsixSpec};
+
+pub use dump::GruStats;
+use engine::Bench;
+use hardware::{Count, Hardware};
+use memory::BarMemory;
+use wake::Wake;
+
+/// How commands are noticed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Doorbell {
+    /// Every access is a message; nothing can be mapped.
+    #[default]
+    Trap,
+    /// GSEG, TFM, TGH and TFH can be mapped; software rings when no engine is awake.
+    Poll,
+}
+
+/// Unit of the indexes of IVLOAD, IVSTORE and IVSET (section 16.6). An index is a 64-bit word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum IndexUnit {
+    /// Bytes.
+    #[default]
+    Bytes,
+    /// Elements.
+    Elements,
+}
+
+/// How the model is built. Open points of the hardware (section 16) are options here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GruConfig {
+    /// How commands are noticed.
+    pub doorbell: Doorbell,
+    /// Engine threads, 1 to 16.
+    pub engines: usize,
+    /// Longest time that an engine looks for work before it sleeps. Zero: sleeps at once.
+    pub spin: Duration,
+    /// TLB sets of a chiplet (16.1).
+    pub tlb_sets: usize,
+    /// TLB ways (16.1).
+    pub tlb_ways: usize,
+    /// Cause of a store that finds no entry at all (16.2): TLB_MOD saves the second miss, TLB_MISS does not.
+    pub store_miss_cause: tfh_words::Cause,
+    /// Unit of index vectors (16.6).
+    pub index_unit: IndexUnit,
+    /// Refuse fills whose page-size code the context's sizeavail does not list.
+    pub check_sizeavail: bool,
+    /// Checks that are switched off, to show what they are for.
+    pub broken: BreakPlan,
+    /// Delays; those that `broken` needs are added.
+    pub faults: FaultPlan,
+}
+
+impl Default for GruConfig {
+    fn default() -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            doorbell: Doorbell::Trap,
+            engines: 2,
+            spin: Duration::from_micros(if cpus <= 2 { 50 } else { 200 }),
+            tlb_sets: 1024,
+            tlb_ways: 4,
+            store_miss_cause: tfh_words::Cause::TLB_MOD,
+            index_unit: IndexUnit::Bytes,
+            check_sizeavail: true,
+            broken: BreakPlan::default(),
+            faults: FaultPlan::default(),
+        }
+    }
+}
+
+/// Most engine threads.
+pub const MAX_ENGINES: usize = 16;
+
+/// Why the model could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum GruError {
+    /// Number of engines.
+    #[error("{0} engine threads: give 1 to {MAX_ENGINES}")]
+    Engines(usize),
+    /// A plan that parks an engine inside an access.
+    #[error("drain-delay parks an engine: give at least 2 engine threads")]
+    ParkingNeedsTwoEngines,
+    /// A system call.
+    #[error("cannot create {what}: {source}")]
+    System {
+        /// What was to be made.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    instructions: Count,
+    exceptions: Count,
+    misses: Count,
+    fills: Count,
+    fills_killed: Count,
+    tgh_purges: Count,
+}
+
+/// The GRU model. Dropping it ends its threads.
+#[derive(Debug)]
+pub struct Gru {
+    hardware: Arc<Hardware>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Gru {
+    /// Builds the device and starts its engines.
+    ///
+    /// # Errors
+    /// [`GruError`]; nothing runs then.
+    pub fn new(context: ModelContext, config: GruConfig) -> Result<Arc<Self>, GruError> {
+        if config.engines == 0 || config.engines > MAX_ENGINES {
+            return Err(GruError::Engines(config.engines));
+        }
+        let plan = config.faults.with_windows_of(config.broken);
+        if plan.drain_delay.is_some() && config.engines < 2 {
+            return Err(GruError::ParkingNeedsTwoEngines);
+        }
+        let system = |what| move |source| GruError::System { what, source };
+        let memory = BarMemory::new("gru-bar2", pci::BAR_CHIPLETS_SIZE).map_err(system("BAR2's memory"))?;
+        let status = BarMemory::new("gru-bar0", pci::BAR_DOORBELL_SIZE).map_err(system("BAR0's memory"))?;
+        let wake = Arc::new(Wake::new(status).map_err(system("the doorbell"))?);
+        let atc_config = AtcConfig {
+            sets: config.tlb_sets,
+            ways: config.tlb_ways,
+            tickets: map::CBRS,
+            engines: config.engines,
+            checks: config.broken.checks(),
+            ..AtcConfig::default()
+        };
+        let on_park = {
+            let wake = Arc::clone(&wake);
+            Box::new(move |begins: bool| if begins { wake.engine_parks() } else { wake.enter() })
+        };
+        let parking = Parking::new(&plan, on_park);
+        let chiplets: Vec<_> = (0..map::CHIPLETS)
+            .map(|index| chiplet::Chiplet::new(index, Atc::new(atc_config, Arc::clone(&context.dma))))
+            .collect();
+        if let Some(parking) = &parking {
+            for chiplet in &chiplets {
+                chiplet.atc.set_hooks(parking.hooks()).expect("a new ATC has no hooks");
+            }
+        }
+        let hardware = Arc::new(Hardware {
+            config,
+            memory,
+            wake,
+            chiplets,
+            interrupts: context.interrupts,
+            held_fills: HeldFills::new(&plan),
+            parking,
+            trapped: trapped::Trapped::default(),
+            counters: Counters::default(),
+            quiesce: RwLock::new(()),
+        });
+        let gru = Arc::new(Self { hardware, threads: Mutex::new(Vec::new()) });
+        for number in 0..config.engines {
+            let hardware = Arc::clone(&gru.hardware);
+            let bench = Bench {
+                engines: hardware
+                    .chiplets
+                    .iter()
+                    .map(|chiplet| chiplet.atc.engine().expect("an ATC has a handle for each engine thread"))
+                    .collect(),
+                bounce: vec![0; instructions::STEP_BYTES as usize].into(),
+            };
+            let thread = std::thread::Builder::new()
+                .name(format!("gru-engine-{number}"))
+                .spawn(move || engine::run(&hardware, bench))
+                .map_err(system("an engine thread"))?;
+            gru.threads().push(thread);
+        }
+        Ok(gru)
+    }
+
+    /// Counters.
+    #[must_use]
+    pub fn stats(&self) -> GruStats {
+        dump::stats(&self.hardware)
+    }
+
+    /// The TLB of a chiplet.
+    #[must_use]
+    pub fn atc(&self, chiplet: usize) -> Option<&Arc<atc::Atc>> {
+        self.hardware.chiplets.get(chiplet).map(|chiplet| &chiplet.atc)
+    }
+
+    fn threads(&self) -> std::sync::MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+impl Drop for Gru {
+    fn drop(&mut self) {
+        self.hardware.interrupt_delays(true);
+        self.hardware.wake.stop();
+        for thread in self.threads().drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a GRU engine thread had panicked");
+            }
+        }
+    }
+}
+
+impl Model for Gru {
+    fn identity(&self) -> Identity {
+        Identity {
+            vendor: pci::VENDOR,
+            device: pci::DEVICE,
+            subsystem_vendor: pci::VENDOR,
+            subsystem: pci::DEVICE,
+            class: pci::CLASS,
+            revision: 0,
+        }
+    }
+
+    fn bars(&self) -> Vec<BarSpec> {
+        let mmap = |memory: &BarMemory, areas: Vec<(u64, u64)>| {
+            if self.hardware.config.doorbell == Doorbell::Trap {
+                return None;
+            }
+            match memory.fd().try_clone_to_owned() {
+                Ok(fd) => Some(BarMmap { fd, areas }),
+                Err(error) => {
+                    // Trapping always works; it is only slower.
+                    tracing::warn!(%error, "a BAR cannot be offered for mapping");
+                    None
+                }
+            }
+        };
+        vec![
+            BarSpec {
+                index: pci::BAR_DOORBELL,
+                size: pci::BAR_DOORBELL_SIZE,
+                is_64bit: true,
+                prefetchable: false,
+                mmap: mmap(self.hardware.wake.status(), vec![(pci::STATUS_OFFSET, 0x1000)]),
+            },
+            BarSpec {
+                index: pci::BAR_CHIPLETS,
+                size: pci::BAR_CHIPLETS_SIZE,
+                is_64bit: true,
+                prefetchable: true,
+                mmap: mmap(&self.hardware.memory, mappable_areas()),
+            },
+        ]
+    }
+
+    fn msix(&self) -> Option<MsixSpec> {
+        Some(MsixSpec {
+            vectors: pci::VECTORS,
+            bar: pci::BAR_DOORBELL,
+            table_offset: pci::MSIX_TABLE_OFFSET,
+            pba_offset: pci::MSIX_PBA_OFFSET,
+        })
+    }
+
+    fn bar_read(&self, bar: usize, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
+        let len = data.len();
+        match bar {
+            pci::BAR_CHIPLETS if registers::inside(offset, len) => {
+                self.hardware.read(offset, data);
+                Ok(())
+            }
+            pci::BAR_DOORBELL if offset.checked_add(len as u64).is_some_and(|end| end <= pci::BAR_DOORBELL_SIZE) => {
+                self.hardware.wake.status().load_bytes(offset, data);
+                Ok(())
+            }
+            _ => Err(AccessError::Unassigned { bar, offset, len }),
+        }
+    }
+
+    fn bar_write(&self, bar: usize, offset: u64, data: &[u8]) -> Result<(), AccessError> {
+        let len = data.len();
+        match bar {
+            pci::BAR_CHIPLETS if registers::inside(offset, len) => {
+                self.hardware.write(offset, data);
+                Ok(())
+            }
+            pci::BAR_DOORBELL if offset.checked_add(len as u64).is_some_and(|end| end <= pci::BAR_DOORBELL_SIZE) => {
+                // The doorbell page rings; everything else in the BAR is read-only for software.
+                if offset < pci::DOORBELL_OFFSET + 0x1000 {
+                    self.hardware.ring();
+                }
+                Ok(())
+            }
+            _ => Err(AccessError::Unassigned { bar, offset, len }),
+        }
+    }
+
+    fn io_eventfds(&self, bar: usize) -> Vec<IoEventFd> {
+        if bar != pci::BAR_DOORBELL {
+            return Vec::new();
+        }
+        match self.hardware.wake.doorbell().try_clone_to_owned() {
+            Ok(fd) => vec![IoEventFd { offset: pci::DOORBELL_OFFSET, size: 8, fd }],
+            Err(error) => {
+                tracing::warn!(%error, "no ioeventfd for the doorbell");
+                Vec::new()
+            }
+        }
+    }
+
+    fn reset(&self) {
+        self.hardware.reset();
+    }
+
+    fn dump(&self) -> serde_json::Value {
+        dump::dump(&self.hardware)
+    }
+}
+
+/// What a client may map in [`Doorbell::Poll`] mode: GSEGs, fault maps, flush and fault handles.
+fn mappable_areas() -> Vec<(u64, u64)> {
+    let region = |handles: usize| (handles as u64 * map::HANDLE_STRIDE).next_multiple_of(0x1000);
+    (0..map::CHIPLETS as u64)
+        .flat_map(|chiplet| {
+            let base = chiplet * map::CHIPLET_SIZE;
+            [
+                (base, map::GSEG_STRIDE * map::CONTEXTS as u64),
+                (base + map::TFM, region(map::TFMS)),
+                (base + map::TGH, region(map::TGHS)),
+                (base + map::TFH, region(map::CBRS)),
+            ]
+        })
+        .collect()
+}

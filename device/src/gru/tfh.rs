@@ -39,7 +39,6 @@ impl Hardware {
         let control = context.control();
         let asid = context.asid_of(fault.va);
         self.counters.misses.bump();
-        self.set_cbrstate(chiplet, cbr, cbe::State::WAIT_RESPONSE);
         // Every purge from here on is collected; only then may software learn of the miss.
         chiplet.atc.open_miss(cbr, SpaceId(u64::from(asid)), fault.va);
         let fault_map = control.tfm_fault_bit_enable();
@@ -120,7 +119,7 @@ impl Hardware {
             }
             Opc::WRITE_RESTART => {
                 let operands = self.operands(chiplet, cbr);
-                if self.faults.delays_fills() && self.hold_fill(chiplet, cbr, &operands) {
+                if self.hold_fill(chiplet, owner.0, cbr, &operands) {
                     return true;
                 }
                 self.write_restart(chiplet, owner, cbr, &mut held, &operands);
@@ -129,7 +128,7 @@ impl Hardware {
             Opc::EXCEPTION => {
                 self.end_miss(chiplet, owner, cbr, &mut held, Phase::Idle);
                 self.answer(chiplet, cbr, HandleStatus::IDLE, State::IDLE);
-                self.exception(chiplet, owner, cbr, ecause::OS_FATAL_TLB_FAULT);
+                self.exception(chiplet, owner, cbr, &mut held, ecause::OS_FATAL_TLB_FAULT);
             }
             Opc::USER_POLLING_MODE => {
                 if resource.phase() == Phase::MissFmm {
@@ -164,7 +163,7 @@ impl Hardware {
                 let control = Control::new().with_status(status).with_state(state).with_cause(cause);
                 let control = control.with_ctxnum(owner.0 as u8);
                 self.memory.word(chiplet.tfh(cbr)).store(control.into_bits(), Ordering::Release);
-                self.exception(chiplet, owner, cbr, ecause);
+                self.exception(chiplet, owner, cbr, held, ecause);
             }
         }
     }
@@ -244,39 +243,33 @@ impl Hardware {
     }
 
     /// Fault plan: keeps the operands of a fill and lets the thread go on. True when it was taken.
-    fn hold_fill(&self, chiplet: &Chiplet, cbr: usize, operands: &Operands) -> bool {
-        let Some((context, _)) = self.owner(chiplet, cbr) else {
-            return false;
-        };
-        let Ok(fill) = operands.fill(chiplet, context, false) else {
-            return false;
-        };
-        if !self.faults.take_fill(chiplet.index, cbr, *operands, fill) {
+    fn hold_fill(&self, chiplet: &Chiplet, context: usize, cbr: usize, operands: &Operands) -> bool {
+        if !self.held_fills.picks() {
             return false;
         }
+        let Ok(fill) = operands.fill(chiplet, context, self.config.check_sizeavail) else {
+            return false;
+        };
         chiplet.cbrs[cbr].held.store(true, Ordering::SeqCst);
+        self.held_fills.hold(chiplet.index, cbr, fill, *operands);
         true
     }
 
     /// Fault plan: executes the fills whose time has come. Returns whether there was one.
     pub(super) fn release_held_fills(&self) -> bool {
-        let mut worked = false;
-        for (chiplet, cbr, operands) in self.faults.due_fills(|chiplet, cbr, fill| {
-            self.chiplets[chiplet].atc.purge_progress(cbr, fill)
-        }) {
-            let chiplet = &self.chiplets[chiplet];
-            let Some(owner) = self.owner(chiplet, cbr) else {
-                continue;
-            };
-            // Only `try_lock` holders and this; DEALLOCATE waits while `held` is set.
+        let progress = |chiplet: usize, cbr, fill: &Fill| self.chiplets[chiplet].atc.purge_progress(cbr, fill);
+        let due = self.held_fills.due(progress);
+        for (chiplet, cbr, operands) in &due {
+            let (chiplet, cbr) = (&self.chiplets[*chiplet], *cbr);
+            // Others only try this lock, for a moment: the CBR waits for its fill, so nobody runs it.
             let mut held = chiplet.cbrs[cbr].state.lock().expect("an engine died inside an instruction");
+            // DEALLOCATE has waited for this.
+            let owner = self.owner(chiplet, cbr).expect("a CBR whose fill is held stays allocated");
+            assert!(chiplet.cbrs[cbr].phase().is_miss(), "the miss of a held fill stays open");
             chiplet.cbrs[cbr].held.store(false, Ordering::SeqCst);
-            if chiplet.cbrs[cbr].phase().is_miss() {
-                self.write_restart(chiplet, owner, cbr, &mut held, &operands);
-            }
-            worked = true;
+            self.write_restart(chiplet, owner, cbr, &mut held, operands);
         }
-        worked
+        !due.is_empty()
     }
 }
 
@@ -289,7 +282,7 @@ enum Refusal {
 
 /// What software stored for a fill.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Operands {
+pub(super) struct Operands {
     asids: Asids,
     target: Target,
     fillvaddr: u64,

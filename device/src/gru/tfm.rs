@@ -12,8 +12,8 @@ use super::chiplet::Chiplet;
 use super::hardware::Hardware;
 
 /// Vector of a chiplet's fault map.
-pub(super) fn vector(chiplet: usize, tfm: usize) -> u16 {
-    (chiplet * map::TFMS + tfm) as u16
+pub(super) fn vector(chiplet: usize, tfm: usize) -> u32 {
+    (chiplet * map::TFMS + tfm) as u32
 }
 
 impl Hardware {

@@ -13,7 +13,7 @@ use std::sync::atomic::{Ordering, fence};
 use protos::gru::tgh::{self, Control, Count, Opc, Scope, State};
 use protos::gru::{HandleStatus, map, page_size};
 
-use super::chiplet::{Chiplet, bits};
+use super::chiplet::Chiplet;
 use super::hardware::Hardware;
 use crate::atc::{Purge, SpaceId};
 
@@ -104,12 +104,6 @@ impl Hardware {
         // delresp may change under us, everything else is set absolutely.
         fence(Ordering::Release);
         word.fetch_and(!DEVICE_BITS, Ordering::Release);
-    }
-
-    /// Whether a TGH waits for an engine.
-    pub(super) fn tgh_waiting(&self, chiplet: &Chiplet) -> bool {
-        bits((1 << map::TGHS) - 1)
-            .any(|handle| self.memory.word(chiplet.tgh(handle)).load(Ordering::Relaxed) & 1 != 0)
     }
 }
 

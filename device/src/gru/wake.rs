@@ -107,6 +107,18 @@ impl Wake {
         fence(Ordering::SeqCst);
     }
 
+    /// Another engine than the calling one looks at device memory.
+    pub(super) fn others_awake(&self) -> bool {
+        self.awake().load(Ordering::Relaxed) > 1
+    }
+
+    /// The calling engine is about to be held inside an access by the fault plan, until its next
+    /// [`Wake::enter`]: somebody else takes over.
+    pub(super) fn engine_parks(&self) {
+        self.leave();
+        self.call();
+    }
+
     /// Wakes one more engine, if one sleeps: from the reserve, else the listener.
     pub(super) fn call(&self) {
         let mut reserve = self.lock();
@@ -121,7 +133,7 @@ impl Wake {
     }
 
     /// Sleeps until there may be work: the listener until the doorbell rings, the others until they are
-    /// called. `limit` (fault plans only) bounds the listener's sleep.
+    /// called. `limit` (fault plans only) bounds the sleep.
     pub(super) fn sleep(&self, limit: Option<Duration>) {
         self.parks.fetch_add(1, Ordering::Relaxed);
         let mut reserve = self.lock();
@@ -131,7 +143,16 @@ impl Wake {
         if reserve.listener {
             reserve.sleeping += 1;
             while reserve.wanted == 0 && !self.stopping() {
-                reserve = self.called.wait(reserve).expect("no thread dies inside the reserve");
+                let died = "no thread dies inside the reserve";
+                let Some(limit) = limit else {
+                    reserve = self.called.wait(reserve).expect(died);
+                    continue;
+                };
+                let (again, timeout) = self.called.wait_timeout(reserve, limit).expect(died);
+                reserve = again;
+                if timeout.timed_out() {
+                    break;
+                }
             }
             reserve.sleeping -= 1;
             reserve.wanted = reserve.wanted.saturating_sub(1);

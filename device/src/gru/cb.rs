@@ -1,0 +1,174 @@
+//! Control blocks: acceptance, execution, completion (reference section 7).
+//!
+//! A CB is executed by whichever engine gets its CBR's lock. Progress is in the CBE after every step, so an
+//! instruction survives INTERRUPT, save by software, and restore on another CBR.
+
+use std::sync::atomic::{Ordering, fence};
+
+use protos::gru::cbe::{self, ecause, execstatus};
+use protos::gru::{cb, map};
+
+use super::chiplet::{CbrState, Chiplet, Context, Phase, bits};
+use super::cch::physical_cbrs;
+use super::engine::Bench;
+use super::hardware::Hardware;
+use super::instructions::{Env, Operation, Step, Stop};
+
+impl Hardware {
+    /// One step for every CB that can make one. `between` runs after each step, when nothing is held.
+    pub(super) fn run_contexts(&self, chiplet: &Chiplet, bench: &mut Bench, mut between: impl FnMut()) {
+        for number in bits(u64::from(chiplet.active.load(Ordering::Acquire))) {
+            let context = &chiplet.contexts[number];
+            let Some(inside) = context.enter() else {
+                continue;
+            };
+            for (logical, cbr) in physical_cbrs(context).enumerate() {
+                if inside.must_leave() {
+                    break;
+                }
+                if self.has_work(chiplet, (number, logical), cbr)
+                    && self.step(chiplet, context, (number, logical), cbr, bench)
+                {
+                    between();
+                }
+            }
+        }
+    }
+
+    fn has_work(&self, chiplet: &Chiplet, (number, logical): (usize, usize), cbr: usize) -> bool {
+        match chiplet.cbrs[cbr].phase() {
+            Phase::Ready => true,
+            Phase::Idle => self.memory.word(chiplet.cb(number, logical)).load(Ordering::Relaxed) & 1 != 0,
+            Phase::MissFmm | Phase::MissUpm => false,
+        }
+    }
+
+    fn step(
+        &self,
+        chiplet: &Chiplet,
+        context: &Context,
+        owner: (usize, usize),
+        cbr: usize,
+        bench: &mut Bench,
+    ) -> bool {
+        let resource = &chiplet.cbrs[cbr];
+        let Some(mut held) = resource.try_lock() else {
+            return false;
+        };
+        let cbe_at = chiplet.cbe(cbr);
+        let mut operation = match resource.phase() {
+            Phase::Ready => {
+                Operation::load(|offset| self.memory.word(cbe_at + offset).load(Ordering::Relaxed))
+            }
+            Phase::Idle => match self.accept(chiplet, owner) {
+                Some(operation) => {
+                    held.tag = u64::MAX;
+                    operation
+                }
+                None => return false,
+            },
+            Phase::MissFmm | Phase::MissUpm => return false,
+        };
+        let result = operation.step(&mut Env {
+            engine: &mut bench.engines[chiplet.index],
+            context,
+            memory: &self.memory,
+            ds: chiplet.ds(owner.0),
+            ds_bytes: context.ds_bytes(),
+            bounce: &mut bench.bounce,
+            tag: &mut held.tag,
+            store_miss: self.config.store_miss_cause,
+            index_unit: self.config.index_unit,
+        });
+        let save = |state, ecause, execstatus| {
+            let status = cbe::Status::new().with_cbrstate(state).with_ecause(ecause);
+            let status = status.with_cbrexecstatus(execstatus);
+            operation.save(status, |offset, value| {
+                self.memory.word(cbe_at + offset).store(value, Ordering::Release);
+            });
+        };
+        match result {
+            Ok(Step::More) => {
+                save(cbe::State::REQUEST_ISSUE, 0, execstatus::PENDING);
+                resource.set_phase(&mut held, Phase::Ready);
+            }
+            Ok(Step::Done(old)) => {
+                save(cbe::State::IDLE, 0, 0);
+                if let Some(old) = old {
+                    let avalue = self.memory.word(chiplet.cb(owner.0, owner.1) + cb::AVALUE);
+                    avalue.store(old, Ordering::Relaxed);
+                }
+                self.counters.instructions.bump();
+                self.finish(chiplet, context, owner, cbr, &mut held, cb::Status::IDLE);
+            }
+            Err(Stop::Exception(cause)) => {
+                save(cbe::State::IDLE, cause, execstatus::EXCEPTION);
+                self.counters.exceptions.bump();
+                self.finish(chiplet, context, owner, cbr, &mut held, cb::Status::EXCEPTION);
+            }
+            Err(Stop::Fault(fault)) => {
+                save(cbe::State::WAIT_RESPONSE, 0, execstatus::PENDING);
+                self.raise_miss(chiplet, owner, cbr, &mut held, fault);
+            }
+        }
+        true
+    }
+
+    /// Takes a command if there is one: icmd goes, istatus is ACTIVE.
+    fn accept(&self, chiplet: &Chiplet, (number, logical): (usize, usize)) -> Option<Operation> {
+        let at = chiplet.cb(number, logical);
+        let accepted = |word| {
+            let control = cb::Control::from_bits(word);
+            let taken = control.with_icmd(false).with_istatus(cb::Status::ACTIVE).with_isubstatus(0);
+            control.icmd().then_some(taken.into_bits())
+        };
+        let word = self.memory.word(at + cb::CONTROL);
+        // Acquire: the operands were stored before the command.
+        let control = word.fetch_update(Ordering::AcqRel, Ordering::Relaxed, accepted).ok()?;
+        let operand = |offset| self.memory.word(at + offset).load(Ordering::Relaxed);
+        Some(Operation::issue(cb::Control::from_bits(control), operand))
+    }
+
+    /// Ends an instruction: payload and CBE are stored; now the tag, then istatus, then the interrupt.
+    fn finish(
+        &self,
+        chiplet: &Chiplet,
+        context: &Context,
+        (number, logical): (usize, usize),
+        cbr: usize,
+        held: &mut CbrState,
+        status: cb::Status,
+    ) {
+        let tag = self.memory.word(chiplet.cb(number, logical) + map::CB_EXT_TAG);
+        tag.store(held.tag, Ordering::Relaxed);
+        chiplet.cbrs[cbr].set_phase(held, Phase::Idle);
+        let copied = self.memory.word(chiplet.cbe(cbr) + cbe::COPY).load(Ordering::Relaxed);
+        fence(Ordering::Release);
+        self.set_istatus(chiplet, number, logical, status);
+        let control = context.control();
+        let wanted = cbe::Copied::from_bits(copied).ima() & cb::ima::INTERRUPT != 0;
+        if wanted && control.tfm_done_bit_enable() && control.cb_int_enable() {
+            self.tfm_done(chiplet, usize::from(control.tlb_int_select()), cbr);
+        }
+    }
+
+    /// Ends an instruction whose miss was answered badly; its progress is in the CBE.
+    pub(super) fn exception(
+        &self,
+        chiplet: &Chiplet,
+        owner: (usize, usize),
+        cbr: usize,
+        held: &mut CbrState,
+        cause: u32,
+    ) {
+        let word = self.memory.word(chiplet.cbe(cbr) + cbe::STATE);
+        let status = cbe::Status::from_bits(word.load(Ordering::Acquire)).with_cbrstate(cbe::State::IDLE);
+        let status = status.with_ecause(cause).with_cbrexecstatus(execstatus::EXCEPTION);
+        word.store(status.into_bits(), Ordering::Release);
+        self.counters.exceptions.bump();
+        if cause == ecause::OS_FATAL_TLB_FAULT {
+            tracing::debug!(chiplet = chiplet.index, cbr, "miss answered with EXCEPTION");
+        }
+        self.finish(chiplet, &chiplet.contexts[owner.0], owner, cbr, held, cb::Status::EXCEPTION);
+    }
+}

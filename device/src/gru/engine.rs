@@ -1,0 +1,142 @@
+//! Engine threads: symmetric, each does whatever there is.
+//!
+//! TGHs come first and are looked at again after every step of an instruction, when no guard is held. An
+//! engine that finds nothing spins for a while (if it is the only one awake), then sleeps: an idle device
+//! costs nothing.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::hardware::Hardware;
+use crate::atc;
+
+/// A pass in this many looks at the TFHs of CBRs that have no miss, too.
+const FULL_LOOK: u32 = 64;
+
+/// What belongs to one engine thread.
+#[derive(Debug)]
+pub(super) struct Bench {
+    /// One for each chiplet.
+    pub(super) engines: Vec<atc::Engine>,
+    pub(super) bounce: Box<[u8]>,
+}
+
+/// How long to look for work before sleeping: doubled when work came while spinning, halved when not.
+#[derive(Debug)]
+struct Spin {
+    limit: Duration,
+    budget: Duration,
+    since: Option<Instant>,
+    /// With few CPUs the one that we wait for may need ours.
+    polite: bool,
+}
+
+impl Spin {
+    fn new(limit: Duration) -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { limit, budget: limit, since: None, polite: cpus <= 4 }
+    }
+    fn found(&mut self) {
+        if self.since.take().is_some() {
+            self.budget = (self.budget * 2).min(self.limit);
+        }
+    }
+    fn again(&mut self) -> bool {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        if since.elapsed() < self.budget {
+            if self.polite {
+                std::thread::yield_now();
+            } else {
+                std::hint::spin_loop();
+            }
+            return true;
+        }
+        self.since = None;
+        self.budget = (self.budget / 2).max(self.limit / 8);
+        false
+    }
+}
+
+/// Body of an engine thread.
+pub(super) fn run(hardware: &Arc<Hardware>, mut bench: Bench) {
+    let wake = &hardware.wake;
+    let mut spin = Spin::new(hardware.config.spin);
+    let mut passes = 0u32;
+    wake.enter();
+    while !wake.stopping() {
+        passes = passes.wrapping_add(1);
+        if hardware.pass(&mut bench, passes % FULL_LOOK == 0) {
+            spin.found();
+            continue;
+        }
+        if !wake.others_awake() && spin.again() {
+            continue;
+        }
+        wake.leave();
+        // Whoever stored before reading the lowered count did not ring.
+        if hardware.pass(&mut bench, true) {
+            wake.enter();
+            spin.found();
+            continue;
+        }
+        wake.sleep(hardware.next_look());
+        wake.enter();
+    }
+    wake.leave();
+}
+
+impl Hardware {
+    /// Looks at everything once and does what it finds. Returns whether there was anything.
+    fn pass(&self, bench: &mut Bench, full: bool) -> bool {
+        // A reset excludes this. (A poisoned lock would mean that a reset died: its assertion has been reported.)
+        let _working = self.quiesce.read().expect("no thread dies while it resets the device");
+        let mut worked = self.flush_handles();
+        for chiplet in &self.chiplets {
+            worked |= self.tfh_scan(chiplet, full);
+            worked |= self.cch_retry(chiplet);
+        }
+        worked |= self.release_held_fills();
+        let mut steps = 0;
+        for chiplet in &self.chiplets {
+            self.run_contexts(chiplet, bench, || {
+                steps += 1;
+                self.flush_handles();
+                if steps == 2 {
+                    // A backlog: this look has found more than one thing to run.
+                    self.wake.call();
+                }
+            });
+        }
+        worked || steps > 0
+    }
+
+    fn flush_handles(&self) -> bool {
+        self.chiplets.iter().fold(false, |worked, chiplet| worked | self.tgh_scan(chiplet))
+    }
+
+    /// How long an engine may sleep: for ever, except while the fault plan holds fills.
+    fn next_look(&self) -> Option<Duration> {
+        (!self.held_fills.is_empty()).then_some(Duration::from_millis(1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_spin_when_nothing_comes_shrinks_and_ends() {
+        let mut spin = Spin::new(Duration::from_micros(80));
+        while spin.again() {}
+        assert_eq!(spin.budget, Duration::from_micros(40));
+        for _ in 0..9 {
+            while spin.again() {}
+        }
+        assert_eq!(spin.budget, Duration::from_micros(10));
+        spin.again();
+        spin.found();
+        assert_eq!(spin.budget, Duration::from_micros(20));
+        let mut none = Spin::new(Duration::ZERO);
+        assert!(!none.again());
+    }
+}

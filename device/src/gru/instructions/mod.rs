@@ -1,0 +1,274 @@
+//! Instructions as resumable steps.
+//!
+//! An [`Operation`] is the content of a CBE: what was issued and how far it has come. A step moves at most
+//! [`STEP_BYTES`] and stops at a miss with the progress of everything before it; running it again goes on
+//! from there. A step holds one guard at a time: what has two operands in memory passes through the engine's
+//! bounce buffer. What cannot be repeated (an atomic) is done in the step that ends the instruction.
+//!
+//! Alignment: only atomics ask for it. An element that crosses a page is moved in two pieces, and repeated
+//! when the second piece misses.
+
+mod atomic;
+mod copy;
+mod vector;
+
+use protos::gru::cb::{self, Opc, XType};
+use protos::gru::cbe::{self, ecause};
+use protos::gru::{map, tfh};
+
+use super::IndexUnit;
+use super::chiplet::Context;
+use super::memory::BarMemory;
+use super::tfh::Fault;
+use crate::atc::{self, Access, Guard, Miss, SpaceId};
+
+/// Most bytes that one step moves: what a TGH may have to wait for.
+pub(super) const STEP_BYTES: u64 = atc::CHUNK;
+/// Most elements that one step moves one by one.
+const STEP_ELEMENTS: u64 = 1024;
+/// Largest idef2 and idef4 that a CBE can hold.
+const FIELD_22: u64 = (1 << 22) - 1;
+
+/// How a step ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    /// There is more to do.
+    More,
+    /// The instruction is complete, with the old value of an atomic.
+    Done(Option<u64>),
+}
+
+/// Why a step stopped before its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stop {
+    Fault(Fault),
+    /// `ecause` bits.
+    Exception(u32),
+}
+
+impl Stop {
+    const INVALID: Self = Self::Exception(ecause::INVALID_INSTRUCTION);
+    const SEGMENT: Self = Self::Exception(ecause::DATA_SEGMENT_LIMIT_EXCEEDED);
+}
+
+/// An instruction and its progress.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Operation {
+    pub(super) issued: cbe::Copied,
+    /// idef4: tri1, or BCOPY's buffer in lines.
+    idef4: u32,
+    /// Current offset in the index vector.
+    idef4_now: u32,
+    /// Current baddr0.
+    baddr0: u64,
+    nelem: u64,
+    /// Stride in elements, or operand 1. BCOPY: source lines that remain.
+    idef6: u64,
+    /// Current baddr1, value, or operand 2.
+    idef3: u64,
+    /// Elements that remain.
+    left: u64,
+    /// Current offset in the data segment.
+    tri0: u32,
+}
+
+impl Operation {
+    /// From the words of a control block.
+    pub(super) fn issue(control: cb::Control, operand: impl Fn(u64) -> u64) -> Self {
+        let issued = cbe::Copied::new()
+            .with_ima(control.ima())
+            .with_xtype(control.xtype())
+            .with_iaa0(control.iaa0())
+            .with_iaa1(control.iaa1())
+            .with_opc(control.opc())
+            .with_exopc(control.exopc())
+            .with_tri0(control.tri0());
+        // What does not fit into the CBE is outside of every data segment, and so is the largest value.
+        let idef4 = operand(cb::IDEF4).min(FIELD_22) as u32;
+        let nelem = operand(cb::NELEM);
+        Self {
+            issued,
+            idef4,
+            idef4_now: idef4,
+            baddr0: operand(cb::BADDR0),
+            nelem,
+            idef6: operand(cb::STRIDE_OP1),
+            idef3: operand(cb::BADDR1_VALUE_OP2),
+            left: nelem,
+            tri0: control.tri0(),
+        }
+    }
+
+    /// From a CBE: an instruction goes on.
+    pub(super) fn load(word: impl Fn(u64) -> u64) -> Self {
+        let idef4 = cbe::Idef4::from_bits(word(cbe::IDEF4));
+        Self {
+            issued: cbe::Copied::from_bits(word(cbe::COPY)),
+            idef4: idef4.copied(),
+            idef4_now: idef4.updated(),
+            baddr0: word(cbe::IDEF1UPD),
+            nelem: word(cbe::IDEF5CPY),
+            idef6: word(cbe::IDEF6CPY),
+            idef3: word(cbe::IDEF3UPD),
+            left: word(cbe::IDEF5UPD),
+            tri0: cbe::Status::from_bits(word(cbe::STATE)).idef2upd(),
+        }
+    }
+
+    /// Into a CBE. DW7 also carries what has become of the instruction.
+    pub(super) fn save(&self, status: cbe::Status, store: impl Fn(u64, u64)) {
+        let idef4 = cbe::Idef4::new().with_copied(self.idef4).with_updated(self.idef4_now);
+        store(cbe::COPY, self.issued.into_bits());
+        store(cbe::IDEF4, idef4.into_bits());
+        store(cbe::IDEF1UPD, self.baddr0);
+        store(cbe::IDEF5CPY, self.nelem);
+        store(cbe::IDEF6CPY, self.idef6);
+        store(cbe::IDEF3UPD, self.idef3);
+        store(cbe::IDEF5UPD, self.left);
+        store(cbe::STATE, status.with_idef2upd(self.tri0).into_bits());
+    }
+
+    /// Moves on by at most one step.
+    pub(super) fn step(&mut self, env: &mut Env<'_>) -> Result<Step, Stop> {
+        let opc = self.issued.opc();
+        if opc == Opc::NOP {
+            return Ok(Step::Done(None));
+        }
+        if self.issued.ima() & cb::ima::UNMAPPED != 0 {
+            // A context that may run unmapped is refused as well: unmapped mode is not implemented.
+            let allowed = env.context.control().unmap_enable();
+            let why = if allowed { ecause::EXECUTION_HW_ERROR } else { ecause::UNMAPPED_MODE_FORBIDDEN };
+            return Err(Stop::Exception(why));
+        }
+        let two_addresses = opc == Opc::BCOPY;
+        if self.issued.iaa0() != tfh::GAA_RAM || two_addresses && self.issued.iaa1() != tfh::GAA_RAM {
+            // Every entry is of class RAM (a fill of another class is refused).
+            return Err(Stop::Exception(ecause::IAA_GAA_MISMATCH));
+        }
+        match opc {
+            Opc::BCOPY => self.bcopy(env),
+            Opc::VLOAD | Opc::VSTORE | Opc::VSET => self.vector(env),
+            Opc::IVLOAD | Opc::IVSTORE | Opc::IVSET => self.indexed(env),
+            Opc::GAMIR => self.implicit_atomic(env),
+            Opc::GAMER => self.explicit_atomic(env),
+            _ => Err(Stop::INVALID),
+        }
+    }
+
+    fn element_bytes(&self) -> Result<u64, Stop> {
+        XType::bytes(self.issued.xtype()).ok_or(Stop::INVALID)
+    }
+
+    /// The rest of the instruction's data-segment operand lies in the segment.
+    fn check_segment(&self, env: &Env<'_>, offset: u32, element: u64) -> Result<(), Stop> {
+        let bytes = self.left.checked_mul(element).ok_or(Stop::SEGMENT)?;
+        let end = bytes.checked_add(u64::from(offset)).ok_or(Stop::SEGMENT)?;
+        if end > env.ds_bytes { Err(Stop::SEGMENT) } else { Ok(()) }
+    }
+}
+
+/// What a step may touch.
+#[derive(Debug)]
+pub(super) struct Env<'a> {
+    pub(super) engine: &'a mut atc::Engine,
+    pub(super) context: &'a Context,
+    pub(super) memory: &'a BarMemory,
+    /// BAR2 offset of the context's data segment.
+    pub(super) ds: u64,
+    pub(super) ds_bytes: u64,
+    /// [`STEP_BYTES`] long.
+    pub(super) bounce: &'a mut [u8],
+    /// Smallest fill tag used.
+    pub(super) tag: &'a mut u64,
+    /// Cause of a store that finds no entry.
+    pub(super) store_miss: tfh::Cause,
+    pub(super) index_unit: IndexUnit,
+}
+
+impl Env<'_> {
+    /// Translates; the guard covers `len` bytes or fewer.
+    fn access(&mut self, va: u64, len: u64, access: Access) -> Result<Guard<'_>, Stop> {
+        let space = SpaceId(u64::from(self.context.asid_of(va)));
+        match self.engine.access(space, va, len, access) {
+            Ok(guard) => {
+                *self.tag = guard.tag().min(*self.tag);
+                Ok(guard)
+            }
+            Err(miss) => {
+                let cause = match (miss, access) {
+                    (Miss::NoEntry, Access::Read) => tfh::Cause::TLB_MISS,
+                    (Miss::NoEntry, Access::Write) => self.store_miss,
+                    (Miss::ReadOnly, _) => tfh::Cause::TLB_MOD,
+                };
+                Err(Stop::Fault(Fault { va, cause }))
+            }
+        }
+    }
+
+    /// Moves bytes between `va` and the bounce buffer, where they stand at `at`: at most `len` bytes, whole
+    /// elements, at least one. `copy` gets the guard, its piece of the buffer and how far that piece is from
+    /// the beginning. Returns the bytes moved.
+    fn pieces(
+        &mut self,
+        (va, at): (u64, usize),
+        len: u64,
+        element: u64,
+        access: Access,
+        mut copy: impl FnMut(&Guard<'_>, &mut [u8], u64),
+    ) -> Result<usize, Stop> {
+        // Taken out for the time of the guards, which borrow the engine through `self`.
+        let bounce = std::mem::take(&mut self.bounce);
+        let mut done = 0usize;
+        let result = loop {
+            let want = if done == 0 { len } else { element - done as u64 };
+            match self.access(va.wrapping_add(done as u64), want, access) {
+                Ok(guard) => {
+                    let covered = guard.len();
+                    // Only whole elements, unless the very first one is cut by the guard's end.
+                    let whole = covered - covered % element as usize;
+                    let take = if done == 0 && whole > 0 { whole } else { covered };
+                    let piece = at + done..at + done + take;
+                    copy(&guard, &mut bounce[piece], done as u64);
+                    done += take;
+                }
+                Err(stop) => break Err(stop),
+            }
+            if done as u64 >= element {
+                break Ok(done);
+            }
+        };
+        self.bounce = bounce;
+        result
+    }
+
+    /// Memory to the bounce buffer's beginning.
+    fn load(&mut self, va: u64, len: u64, element: u64) -> Result<usize, Stop> {
+        self.pieces((va, 0), len, element, Access::Read, |guard, piece, _| guard.read_into(piece))
+    }
+
+    /// The bounce buffer from `at` to memory.
+    fn store(&mut self, va: u64, at: usize, len: u64, element: u64) -> Result<usize, Stop> {
+        self.pieces((va, at), len, element, Access::Write, |guard, piece, _| guard.write_from(piece))
+    }
+
+    /// Memory to the data segment at BAR2 offset `ds`.
+    fn load_segment(&mut self, va: u64, ds: u64, len: u64, element: u64) -> Result<usize, Stop> {
+        let memory = self.memory;
+        self.pieces((va, 0), len, element, Access::Read, |guard, piece, done| {
+            guard.read_into(piece);
+            memory.store_bytes(ds + done, piece);
+        })
+    }
+
+    /// The data segment at BAR2 offset `ds` to memory.
+    fn store_segment(&mut self, va: u64, ds: u64, len: u64, element: u64) -> Result<usize, Stop> {
+        let memory = self.memory;
+        self.pieces((va, 0), len, element, Access::Write, |guard, piece, done| {
+            memory.load_bytes(ds + done, piece);
+            guard.write_from(piece);
+        })
+    }
+}
+
+/// Bytes of one context's largest data segment; a bounce buffer holds at least that.
+const _: () = assert!(STEP_BYTES as usize >= map::DSR_BYTES);
