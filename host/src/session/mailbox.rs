@@ -109,12 +109,16 @@ impl Mailbox {
         self.space.ring();
     }
 
-    /// Ends every invalidation whose end will never come: the application is gone, or its session is over.
-    pub fn end_all(&self, token: &MaySleep) {
+    /// After the workers have returned: answers what is still in the slots, ends every invalidation whose end
+    /// will never come, and wakes every waiter, so that it looks whether the daemon has closed the table.
+    pub fn finish(&self, token: &MaySleep) {
         for index in 0..SLOTS {
+            self.serve(index, token);
             if let Some(started) = self.take_open(index) {
                 self.space.chain().invalidate_range_end(started, Ctx::MaySleep(token));
             }
+            let state = &self.space.table().slots[index].state;
+            let _ = futex::wake(state, futex::Flags::empty(), i32::MAX as u32);
         }
     }
 

@@ -258,9 +258,9 @@ impl AddressSpace {
         files.drain().map(|(id, _)| id).collect()
     }
 
-    /// Gives the session up: agents stop hopping, the daemon tears it down. The first reason counts.
+    /// Gives the session up: the daemon tears it down. The first reason counts. The agent is told when its
+    /// last translation is gone, not before: until then its calls have to be answered.
     pub fn end(&self, reason: impl Into<String>) {
-        self.table.header.closed.store(1, Ordering::SeqCst);
         self.ended.send_if_modified(|now| {
             let first = now.is_none();
             if first {
@@ -268,6 +268,12 @@ impl AddressSpace {
             }
             first
         });
+    }
+
+    /// Whether [`Self::end`] has been called.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.ended.borrow().is_some()
     }
 
     /// To wait for [`Self::end`].

@@ -105,7 +105,7 @@ impl SafetyNet {
                 Ok(_) => {}
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(error) => {
-                    tracing::error!(session = self.space.id(), %error, "poll of the userfaultfd");
+                    self.space.end(format!("its userfaultfd cannot be polled: {error}"));
                     return;
                 }
             }
@@ -115,8 +115,11 @@ impl SafetyNet {
             }
             if events.contains(PollFlags::IN) {
                 self.serve(&token);
+                if self.space.has_ended() {
+                    return;
+                }
             } else if !events.is_empty() {
-                tracing::debug!(session = self.space.id(), ?events, "the userfaultfd has ended");
+                self.space.end(format!("its userfaultfd has failed ({events:?})"));
                 return;
             }
             self.retry_faults();
@@ -129,6 +132,8 @@ impl SafetyNet {
         let block = self.space.block_fills();
         let mut ready = Instant::now();
         loop {
+            // Each event is a change of its own: what was looked up before it carries an older generation.
+            let change = self.space.block_fills();
             let mut purged = None;
             if !self.injection.purge_late {
                 self.delay();
@@ -152,14 +157,14 @@ impl SafetyNet {
                 Ok(None) => {
                     self.space.stats.safety_net.empty_reads.fetch_add(1, Ordering::Relaxed);
                 }
-                Err(error) => {
-                    // The application is gone, or the descriptor is: the session's end follows by pidfd.
-                    tracing::debug!(session = self.space.id(), %error, "read of the userfaultfd");
-                }
+                // Without events the translations cannot be kept true. When the application is just gone, its
+                // session ends anyway.
+                Err(ref error) => self.space.end(format!("its userfaultfd cannot be read: {error}")),
             }
             if let Some(started) = purged {
                 self.space.chain().invalidate_range_end(started, Ctx::MaySleep(token));
             }
+            drop(change);
             if !matches!(message, Ok(Some(_))) || !self.pending() {
                 break;
             }
@@ -177,7 +182,6 @@ impl SafetyNet {
 
     /// Purges the whole space. `None` when nothing can be cached: fills are blocked and none is left.
     fn purge(&self, token: &MaySleep) -> Option<Started> {
-        self.space.advance_generation();
         if self.space.nothing_cached() {
             return None;
         }
