@@ -99,9 +99,10 @@ impl Slot {
         }
     }
 
-    /// Without the lock: the entry, if this is it.
+    /// Without the lock: the entry, if this is it. `validate` is always true, except where the model
+    /// checker has to find that it matters.
     #[inline]
-    pub(super) fn probe(&self, space: u64, key: u64) -> Option<Found> {
+    pub(super) fn probe(&self, space: u64, key: u64, validate: bool) -> Option<Found> {
         for _ in 0..=RETRIES {
             let seq = self.seq.load(Ordering::Acquire);
             // A slot that does not match now is not the entry: if it is just being written, this look-up
@@ -112,7 +113,7 @@ impl Slot {
             let host = self.host.load(Ordering::Relaxed);
             let tag = self.tag.load(Ordering::Relaxed);
             fence(Ordering::Acquire);
-            if seq & 1 == 0 && self.seq.load(Ordering::Relaxed) == seq {
+            if !validate || (seq & 1 == 0 && self.seq.load(Ordering::Relaxed) == seq) {
                 if !self.used.load(Ordering::Relaxed) {
                     self.used.store(true, Ordering::Relaxed);
                 }
