@@ -126,6 +126,12 @@ impl Service {
         writeln!(stdin, "{question}").with_context(|| format!("the {} process is gone", self.name))
     }
 
+    /// Says so if it has ended.
+    pub fn ended(&mut self) -> Option<String> {
+        let status = self.child.try_wait().ok()??;
+        Some(format!("the {} process (pid {}) ended: {status}", self.name, self.child.id()))
+    }
+
     /// Tells it to end, and waits. A child that does not end is killed.
     ///
     /// # Errors

@@ -55,13 +55,21 @@ impl Progress {
 pub fn run(args: &ApplicationArgs) -> Result<()> {
     let stop = Stop::new()?;
     stop.on_signals()?;
-    stop::obey(&stop, |_| json!({}))?;
+    // "end" ends the run early; the process stays until its stdin ends.
+    let end = Stop::new()?;
+    stop::obey(&stop, {
+        let end = end.clone();
+        move |_| {
+            end.request();
+            json!({})
+        }
+    })?;
     let options = AttachOptions {
         socket: args.socket.clone(),
         name: "demo".into(),
     };
     let agent = Agent::attach(&options)?;
-    let report = compute(args, agent, &stop)?;
+    let report = compute(args, agent, [&stop, &end])?;
     stop::say(&json!({ "report": report }));
     // The supervisor reads the other processes' figures while this one is still attached.
     stop.wait_for(Duration::from_secs(60));
@@ -69,7 +77,7 @@ pub fn run(args: &ApplicationArgs) -> Result<()> {
     Ok(())
 }
 
-fn compute(args: &ApplicationArgs, agent: &'static Agent, stop: &Stop) -> Result<Report> {
+fn compute(args: &ApplicationArgs, agent: &'static Agent, ends: [&Stop; 2]) -> Result<Report> {
     let bytes = args.memory_mib << 20;
     let memory = agent.memory(bytes, "tlbridge-demo")?;
     let alias = mapping::alias(&memory).context("cannot map the demo's memory")?;
@@ -147,7 +155,7 @@ fn compute(args: &ApplicationArgs, agent: &'static Agent, stop: &Stop) -> Result
                 scope.spawn(move || work(worker, area, progress))
             })
             .collect();
-        watch(args, agent, stop, &progress, &oracles, start);
+        watch(args, agent, ends, &progress, &oracles, start);
         for thread in disturbing {
             disturbed.merge(&thread.join().map_err(|_| anyhow!("a disturber panicked"))?);
         }
@@ -225,7 +233,7 @@ fn stock(pages: usize, slots: &[Slot]) -> Vec<Frame> {
 fn watch(
     args: &ApplicationArgs,
     agent: &Agent,
-    stop: &Stop,
+    [stop, end]: [&Stop; 2],
     progress: &Progress,
     oracles: &Oracles,
     start: Instant,
@@ -233,7 +241,7 @@ fn watch(
     let deadline = start + Duration::from_secs(args.seconds);
     while !progress.ended() {
         let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() || stop.wait_for(left.min(PROGRESS)) {
+        if left.is_zero() || end.requested() || stop.wait_for(left.min(PROGRESS)) {
             break;
         }
         if let Err(gone) = agent.alive() {
