@@ -9,7 +9,10 @@
 //! namespace than the daemon's.
 
 pub mod daemon;
+pub mod fence;
 pub mod mm;
 pub mod notifier;
 pub mod session;
+pub mod stats;
+pub mod subscribers;
 pub mod uffd;

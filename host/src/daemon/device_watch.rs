@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use driver::backing::Backing;
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::MissedTickBehavior;
+
+use super::readiness::watch_readable;
 
 /// How often the transport is asked: a closed socket with a living process has no descriptor to wait on.
 const TRANSPORT_CHECK: Duration = Duration::from_millis(200);
@@ -17,7 +18,7 @@ pub(super) async fn device_gone(backing: Arc<dyn Backing>) -> String {
     let pidfd: Option<AsyncFd<OwnedFd>> = backing
         .pidfd()
         .and_then(|fd| fd.try_clone_to_owned().ok())
-        .and_then(|fd| AsyncFd::with_interest(fd, Interest::READABLE).ok());
+        .and_then(|fd| watch_readable(fd).ok());
     let process_ended = async {
         match &pidfd {
             Some(fd) => drop(fd.readable().await),

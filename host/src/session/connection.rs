@@ -8,11 +8,12 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use driver::gru::{Context, ContextOptions, FaultMode as GruFaultMode};
 use protos::bridge::control::{FaultMode, Reply, Request, VERSION};
-use protos::gru::map::GSEG_PAGE;
 
 use super::identity::{Identity, check_memory, duplicate};
 use super::memory::UsedFile;
 use super::packet::{Packet, decode};
+use super::peer::AttachedPeer;
+use super::purgeable;
 use super::refusal::Refusal;
 use super::session::{Admission, MAX_FILES, Session, SessionOptions};
 use crate::daemon::Core;
@@ -21,17 +22,6 @@ use crate::daemon::Core;
 const MOST_GSEG_BYTES: u32 = 16 * 1024;
 /// Most bytes of a name.
 const MOST_NAME_BYTES: usize = 256;
-/// BAR of the status page and the doorbell.
-const STATUS_BAR: usize = 0;
-/// BAR of the chiplets.
-const CHIPLET_BAR: usize = 2;
-/// Offset of the doorbell in [`STATUS_BAR`].
-const DOORBELL_OFFSET: u64 = 0;
-/// Offset of the status page in [`STATUS_BAR`].
-const STATUS_OFFSET: u64 = 0x1000;
-/// Bytes of the status page that are mapped.
-const STATUS_BYTES: u64 = 0x1000;
-
 /// A reply and its descriptors.
 #[derive(Debug)]
 pub struct Answer {
@@ -55,6 +45,7 @@ struct State {
     session: Option<Arc<Session>>,
     /// Contexts that this connection has made, on whatever address space.
     contexts: Vec<(u32, Weak<Session>)>,
+    peer: Option<Arc<AttachedPeer>>,
 }
 
 /// One connection.
@@ -131,7 +122,7 @@ impl Connection {
                     ecause: detail.ecause,
                     exceptdet0: detail.exceptdet0,
                     exceptdet1: detail.exceptdet1,
-                    cbrstate: detail.cbrstate.into(),
+                    cbrstate: u32::from(detail.cbrstate.0),
                     cbrexecstatus: detail.cbrexecstatus.into(),
                 }
                 .into())
@@ -147,7 +138,7 @@ impl Connection {
             } => self.attach_peer(version, pid, start, end),
             Request::PeerResolve { va } => self.peer_resolve(va),
             Request::Stats => Ok(Reply::Stats {
-                stats: self.core.statistics().to_string(),
+                stats: self.core.statistics(self.session().as_ref()).to_string(),
             }
             .into()),
             other => Err(Refusal::new(
@@ -164,7 +155,8 @@ impl Connection {
     }
 
     fn unused(&self) -> Result<(), Refusal> {
-        if self.state().session.is_some() {
+        let state = self.state();
+        if state.session.is_some() || state.peer.is_some() {
             return Err(Refusal::new(
                 libc::EALREADY,
                 "this connection has attached already; use another connection",
@@ -223,7 +215,7 @@ impl Connection {
             large_pages: self.core.options.large_pages,
             injection: self.core.options.injection,
         };
-        let (session, notices) = Session::open(&self.core.gru, admission, options)?;
+        let (session, notices) = Session::open(&self.core.gru, &self.core.fence, admission, options)?;
         let fds = (|| {
             let mut fds = vec![duplicate(session.space.mapped_table().fd())?, notices];
             fds.push(duplicate(&self.core.own_pidfd)?);
@@ -309,7 +301,7 @@ impl Connection {
             chiplet: None,
         })?;
         let context = Arc::new(context);
-        let fds = self.mappings_of(&context)?;
+        let (fds, status_offset) = self.mappings()?;
         let number = self.core.next_context();
         session.add_context(number, self.number, context.clone())?;
         self.state().contexts.push((number, Arc::downgrade(&session)));
@@ -322,37 +314,26 @@ impl Connection {
                 cbs: context.cbs() as u32,
                 ds_bytes: context.ds_bytes() as u32,
                 mappable: !fds.is_empty(),
-                status_offset: STATUS_OFFSET,
+                status_offset,
             },
             fds,
         })
     }
 
-    /// [BAR2, BAR0, doorbell eventfd], or nothing when the device does not let all of them be used.
-    fn mappings_of(&self, context: &Context) -> Result<Vec<OwnedFd>, Refusal> {
-        let backing = &*self.core.backing;
-        let covers = |bar: usize, offset: u64, len: u64| {
-            backing.bar(bar).mappable.iter().any(|&(at, size)| at <= offset && offset + len <= at + size)
+    /// [BAR2, BAR0, doorbell eventfd] and the offset of the status page, or nothing when the device does not
+    /// let all of them be used.
+    fn mappings(&self) -> Result<(Vec<OwnedFd>, u64), Refusal> {
+        let gru = &self.core.gru;
+        // The reply has no room for an offset of the chiplets in their file.
+        let chiplets = gru.gseg_file().filter(|(_, offset)| *offset == 0);
+        let (Some((chiplets, _)), Some((status, status_offset)), Some(doorbell)) =
+            (chiplets, gru.status_page(), gru.doorbell())
+        else {
+            return Ok((Vec::new(), 0));
         };
-        // The reply has no room for an offset of the BAR in its file.
-        let file = |bar: usize| backing.bar_fd(bar).filter(|(_, offset)| *offset == 0).map(|(fd, _)| fd);
-        if !covers(CHIPLET_BAR, context.gseg_offset(), GSEG_PAGE)
-            || !covers(STATUS_BAR, STATUS_OFFSET, STATUS_BYTES)
-        {
-            return Ok(Vec::new());
-        }
-        let (Some(chiplets), Some(status)) = (file(CHIPLET_BAR), file(STATUS_BAR)) else {
-            return Ok(Vec::new());
-        };
-        let system = |e: std::io::Error| Refusal::new(e.raw_os_error().unwrap_or(libc::EIO), format!("doorbell: {e}"));
-        let Some(doorbell) = backing.io_eventfd(STATUS_BAR, DOORBELL_OFFSET).map_err(system)? else {
-            return Ok(Vec::new());
-        };
-        Ok(vec![
-            duplicate(chiplets).map_err(system)?,
-            duplicate(status).map_err(system)?,
-            doorbell,
-        ])
+        let fds = [chiplets, status, doorbell].map(duplicate).into_iter().collect::<std::io::Result<_>>();
+        let fds = fds.map_err(|e| Refusal::new(libc::EMFILE, format!("descriptors for the agent: {e}")))?;
+        Ok((fds, status_offset))
     }
 
     fn context(&self, number: u32) -> Result<Arc<Context>, Refusal> {
@@ -408,27 +389,45 @@ impl Connection {
     }
 
     fn set_purgeable(&self, start: u64, end: u64) -> Result<Answer, Refusal> {
-        let _ = (start, end);
-        let _session = self.own_session()?;
-        Err(Refusal::new(libc::ENOSYS, "no reclaimer"))
+        let session = self.own_session()?;
+        if let Some(reclaim) = self.core.options.reclaim {
+            purgeable::offer(&session.space, start, end, reclaim.seed)?;
+        }
+        // Without a reclaimer nothing is ever discarded, which is what the application allowed.
+        Ok(Reply::Done.into())
     }
 
     fn attach_peer(&self, version: u32, pid: u32, start: u64, end: u64) -> Result<Answer, Refusal> {
         self.unused()?;
         Self::version(version)?;
-        let _ = (start, end);
-        let _session = self.core.session_of(pid, &self.identity)?;
-        Err(Refusal::new(libc::ENOSYS, "no peers"))
+        let session = self.core.session_of(pid, &self.identity)?;
+        let (peer, notices) = AttachedPeer::attach(&session, &self.identity, start, end)?;
+        self.state().peer = Some(peer);
+        Ok(Answer {
+            reply: Reply::PeerAttached { session: session.id },
+            fds: vec![notices],
+        })
     }
 
     fn peer_resolve(&self, va: u64) -> Result<Answer, Refusal> {
-        let _ = va;
-        Err(Refusal::new(libc::ENOSYS, "no peers"))
+        // Not under the lock: the look-up sleeps.
+        let peer = self.state().peer.clone();
+        let peer = peer.ok_or_else(|| {
+            Refusal::new(libc::ENOTCONN, "this connection is no peer's; attach as a peer first")
+        })?;
+        let (page, fd) = peer.resolve(va)?;
+        Ok(Answer {
+            reply: page,
+            fds: vec![fd],
+        })
     }
 
     /// Takes back everything that the connection has: its contexts, its session. Blocks.
     pub fn close(&self, reason: &str) {
         let state = std::mem::take(&mut *self.state());
+        if let Some(peer) = state.peer {
+            peer.detach();
+        }
         for (number, session) in state.contexts {
             if let Some(session) = session.upgrade() {
                 drop(session.take_context(number, self.number));

@@ -13,6 +13,7 @@ use rustix::thread::futex;
 use rustix::time::Timespec;
 
 use super::space::AddressSpace;
+use crate::stats::ByEvent;
 use crate::notifier::{Ctx, Event, MaySleep, NotifierRange, Started};
 
 /// Worker threads of a session: one can wait for a sleeping subscriber while the other serves the rest.
@@ -34,6 +35,8 @@ const SPINS: u32 = 300;
 pub struct MailboxStats {
     /// Starts served.
     pub starts: AtomicU64,
+    /// How long they took, by event.
+    pub by_event: ByEvent,
     /// Ends served.
     pub ends: AtomicU64,
     /// Slots whose operands made no sense.
@@ -170,8 +173,11 @@ impl Mailbox {
                     self.space.chain().invalidate_range_end(lost, Ctx::MaySleep(token));
                 }
                 let range = NotifierRange { start, end, event, blockable: true };
+                let begun = Instant::now();
                 match self.space.start(range, token) {
                     Ok(started) => {
+                        let nanoseconds = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+                        self.stats.by_event.of(event).record(nanoseconds);
                         self.stats.starts.fetch_add(1, Ordering::Relaxed);
                         *self.open[index].lock().unwrap_or_else(|e| e.into_inner()) = Some(started);
                         0

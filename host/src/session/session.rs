@@ -18,8 +18,9 @@ use super::refusal::Refusal;
 use super::space::AddressSpace;
 use super::{SpacePager, packet};
 use crate::mm::{FillTable, MappedTable, MmCache, ProcMaps};
-use crate::notifier::{MaySleep, Registration};
-use crate::subscribers::{DeviceFlush, GruSubscriber};
+use crate::notifier::MaySleep;
+use crate::fence::Fence;
+use crate::subscribers::{DeviceFlush, GruSubscriber, Xpmem};
 use crate::uffd::{Injection, SafetyNet};
 
 /// Files that one session can make known.
@@ -96,7 +97,6 @@ pub struct Session {
     contexts: Mutex<Contexts>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     stop: OwnedFd,
-    gru_registration: Registration,
     closed: AtomicBool,
 }
 
@@ -117,6 +117,7 @@ impl Session {
     /// [`Refusal`], with nothing left behind.
     pub fn open(
         gru: &Arc<driver::gru::Gru>,
+        fence: &Arc<Fence>,
         admission: Admission,
         options: SessionOptions,
     ) -> Result<(Arc<Self>, OwnedFd), Refusal> {
@@ -126,7 +127,8 @@ impl Session {
         let table = MappedTable::create().map_err(|e| Refusal::new(libc::ENOMEM, e.to_string()))?;
         let fills = FillTable::new(table);
         let cache = MmCache::new(Arc::new(ProcMaps::new(admission.maps)), fills.clone());
-        let space = AddressSpace::new(admission.id, admission.pid, fills.clone(), cache);
+        let xpmem = Xpmem::new(fence.clone());
+        let space = AddressSpace::new(admission.id, admission.pid, fills.clone(), cache, xpmem.clone());
         let (notices, theirs) = packet::pair().map_err(system("notice socket"))?;
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| system("eventfd")(e.into()))?;
@@ -135,10 +137,11 @@ impl Session {
         let mm = gru.address_space(Arc::new(SpacePager::new(&space, options.large_pages)));
         space.set_gru(&mm);
         let token = MaySleep::claim("Session::open");
-        let gru_registration = space
+        space
             .chain()
             .register(GruSubscriber::new(mm.clone(), fills), &token)
             .expect("a new chain has room");
+        space.chain().register(xpmem, &token).expect("a new chain has room");
         let mailbox = Arc::new(Mailbox::new(space.clone()));
         let session = Arc::new(Self {
             id: admission.id,
@@ -150,7 +153,6 @@ impl Session {
             contexts: Mutex::default(),
             threads: Mutex::default(),
             stop,
-            gru_registration,
             closed: AtomicBool::new(false),
             space: space.clone(),
         });
@@ -265,11 +267,5 @@ impl Session {
             }
         }
         self.mailbox.finish(token);
-    }
-
-    /// How the GRU driver is registered with the chain.
-    #[must_use]
-    pub fn gru_registration(&self) -> Registration {
-        self.gru_registration
     }
 }

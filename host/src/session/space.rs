@@ -3,15 +3,22 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock, RwLock, Weak};
+use std::time::{Duration, Instant};
 
 use protos::bridge::shared::SharedTable;
 use tokio::sync::watch;
 
 use super::identity::FileId;
 use super::memory::UsedFile;
-use crate::mm::{ChangeGuard, FillTable, MappedTable, MmCache};
-use crate::notifier::{Chain, Ctx, MaySleep, NotifierRange, StartError, Started};
+use super::refusal::Refusal;
+use crate::mm::{Access, Busy, ChangeGuard, FillTable, Lookup, MappedTable, MmCache, Vma};
+use crate::notifier::{Chain, Ctx, Event, MaySleep, NotifierRange, StartError, Started};
+use crate::subscribers::{Reclaimer, Xpmem};
 use crate::uffd::SafetyNetStats;
+
+/// Longest wait for the covered calls that were silent when a subscriber joins. A system call over the largest
+/// mapping takes a fraction of it.
+pub const LONGEST_SILENT_CALLS: Duration = Duration::from_secs(5);
 
 /// What is counted about faults.
 #[derive(Debug, Default)]
@@ -53,10 +60,13 @@ pub struct AddressSpace {
     fills: Arc<FillTable>,
     cache: MmCache,
     gru: OnceLock<Weak<driver::gru::Mm>>,
+    xpmem: Arc<Xpmem>,
+    reclaimer: OnceLock<Arc<Reclaimer>>,
     /// Read by faults; written when memory is added. Never held during a message to the device.
     files: RwLock<HashMap<FileId, Arc<UsedFile>>>,
     /// Faults that wait for a change to end, as this daemon counts them (the table's word belongs to both).
     deferred: AtomicU32,
+    next_file: AtomicU32,
     /// Subscribers other than the GRU driver: their translations are not in `fills`.
     others: AtomicU32,
     /// Set once the session cannot go on, with the reason.
@@ -68,7 +78,7 @@ pub struct AddressSpace {
 impl AddressSpace {
     /// An empty address space over its table.
     #[must_use]
-    pub fn new(id: u32, pid: u32, fills: Arc<FillTable>, cache: MmCache) -> Arc<Self> {
+    pub fn new(id: u32, pid: u32, fills: Arc<FillTable>, cache: MmCache, xpmem: Arc<Xpmem>) -> Arc<Self> {
         Arc::new(Self {
             id,
             pid,
@@ -77,8 +87,11 @@ impl AddressSpace {
             fills,
             cache,
             gru: OnceLock::new(),
+            xpmem,
+            reclaimer: OnceLock::new(),
             files: RwLock::default(),
             deferred: AtomicU32::new(0),
+            next_file: AtomicU32::new(1),
             others: AtomicU32::new(0),
             ended: watch::Sender::new(None),
             stats: SpaceStats::default(),
@@ -127,6 +140,26 @@ impl AddressSpace {
         &self.cache
     }
 
+    /// The sleeping subscriber: processes that have attached memory of this application.
+    #[must_use]
+    pub fn xpmem(&self) -> &Arc<Xpmem> {
+        &self.xpmem
+    }
+
+    /// The reclaimer, once the application has offered memory.
+    #[must_use]
+    pub fn reclaimer(&self) -> Option<&Arc<Reclaimer>> {
+        self.reclaimer.get()
+    }
+
+    /// The reclaimer, made now if need be. The caller has raised `must_hop` before the first.
+    pub fn reclaimer_or_init(&self, seed: u64) -> &Arc<Reclaimer> {
+        self.reclaimer.get_or_init(|| {
+            let seed = seed ^ u64::from(self.id);
+            Arc::new(Reclaimer::new(self.chain.clone(), self.table.clone(), seed))
+        })
+    }
+
     /// Names the GRU driver's side of this address space, whose deferred misses are to be retried.
     ///
     /// # Panics
@@ -141,6 +174,13 @@ impl AddressSpace {
     /// An errno: EINVAL for an empty range, EAGAIN for a refused non-blockable start, EIO when a subscriber
     /// broke C4.
     pub fn start(&self, range: NotifierRange, token: &MaySleep) -> Result<Started, i32> {
+        // What is unmapped is nobody's to discard any more; what is mapped there next was not offered.
+        if range.event == Event::Unmap
+            && range.end != u64::MAX
+            && let Some(reclaimer) = self.reclaimer.get()
+        {
+            reclaimer.forget(range.start, range.end, token);
+        }
         self.chain.invalidate_range_start(range, Ctx::MaySleep(token)).map_err(|error| match error {
             StartError::Empty { .. } => libc::EINVAL,
             StartError::Again { .. } => libc::EAGAIN,
@@ -166,9 +206,56 @@ impl AddressSpace {
         fills.cached_pages == 0 && !fills.overflowed && self.others.load(Ordering::SeqCst) == 0
     }
 
-    /// Forgets what was known about a range.
-    pub fn forget(&self, start: u64, end: u64) {
+    /// Forgets what was known about a range; `unmapped` when it is not just its content that has changed.
+    pub fn forget(&self, start: u64, end: u64, unmapped: bool, token: &MaySleep) {
         self.cache.discard(start, end);
+        if unmapped && let Some(reclaimer) = self.reclaimer.get() {
+            reclaimer.forget(start, end, token);
+        }
+    }
+
+    /// What is mapped at `va` for that access, and the generation that the answer stands for.
+    ///
+    /// # Errors
+    /// EAGAIN while the range is being changed, EFAULT when nothing (allowed) is mapped, ESHUTDOWN when the
+    /// address space has ended.
+    pub fn mapping_at(&self, va: u64, access: Access) -> Result<(Vma, u64), Refusal> {
+        let again = || Refusal::new(libc::EAGAIN, format!("{va:#x} is being changed; ask again"));
+        let permit = self.fills.begin_fill(va, 12).map_err(|busy| match busy {
+            Busy::InProgress => again(),
+            Busy::Closed => Refusal::new(libc::ESHUTDOWN, "the session has ended"),
+        })?;
+        match self.cache.lookup(va, access, &permit) {
+            Ok(Lookup::Mapped(vma)) => Ok((vma, permit.generation())),
+            Ok(Lookup::Busy) => Err(again()),
+            Ok(Lookup::NotMapped) => Err(Refusal::new(libc::EFAULT, format!("nothing is mapped at {va:#x}"))),
+            Ok(Lookup::Denied(_)) => {
+                Err(Refusal::new(libc::EFAULT, format!("{va:#x} is mapped without that right")))
+            }
+            Err(error) => Err(Refusal::new(libc::ESHUTDOWN, format!("the application's mappings: {error}"))),
+        }
+    }
+
+    /// Makes every covered call hop from now on, for a subscriber that is about to join, and waits until the
+    /// calls that have told nobody are over (S10). Undone by [`Self::lower_must_hop`].
+    ///
+    /// # Errors
+    /// EBUSY when they are not over within [`LONGEST_SILENT_CALLS`].
+    pub fn join(&self, _token: &MaySleep) -> Result<(), Refusal> {
+        self.raise_must_hop();
+        let deadline = Instant::now() + LONGEST_SILENT_CALLS;
+        // A word that the agent lowers without telling anybody: looked at until it is zero once.
+        while self.silent_calls() != 0 {
+            if Instant::now() > deadline {
+                self.lower_must_hop();
+                return Err(Refusal::new(
+                    libc::EBUSY,
+                    "the application's calls in progress do not end; try again, or see whether it is stopped",
+                ));
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        Ok(())
     }
 
     /// Declares that a fault is put off. The caller looks at the range once more after this: a change that
@@ -243,6 +330,11 @@ impl AddressSpace {
     /// Makes a file known (or known with more bytes).
     pub fn put_file(&self, file: UsedFile) {
         self.files.write().unwrap_or_else(|e| e.into_inner()).insert(file.id, Arc::new(file));
+    }
+
+    /// A number for a file that is not known yet.
+    pub fn next_file_number(&self) -> u32 {
+        self.next_file.fetch_add(1, Ordering::Relaxed)
     }
 
     /// How many files are known.

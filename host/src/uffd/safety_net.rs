@@ -152,7 +152,7 @@ impl SafetyNet {
                     if purged.is_none() {
                         stats.purges_skipped.fetch_add(1, Ordering::Relaxed);
                     }
-                    self.handle(message);
+                    self.handle(message, token);
                 }
                 Ok(None) => {
                     self.space.stats.safety_net.empty_reads.fetch_add(1, Ordering::Relaxed);
@@ -215,9 +215,10 @@ impl SafetyNet {
         }
     }
 
-    fn handle(&mut self, message: Message) {
+    fn handle(&mut self, message: Message, token: &MaySleep) {
+        let unmapped = !matches!(message, Message::Remove { .. });
         for (start, end) in message.discards() {
-            self.space.forget(start, end);
+            self.space.forget(start, end, unmapped, token);
         }
         match message {
             Message::Fork { child } => drop(own(child)),
