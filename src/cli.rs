@@ -44,10 +44,10 @@ pub enum Command {
     Inspect(InspectArgs),
     /// The demo's application (started by the demo).
     #[command(hide = true)]
-    DemoApplication(ApplicationArgs),
+    Application(ApplicationArgs),
     /// The demo's sleeping subscriber (started by the demo and the benchmark).
     #[command(hide = true)]
-    DemoPeer(PeerArgs),
+    Peer(PeerArgs),
     /// The benchmark's measured process (started by the benchmark).
     #[command(hide = true)]
     BenchSubject(SubjectArgs),

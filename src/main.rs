@@ -41,8 +41,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Some(Command::Host(args)) => host::run(&args).map(done),
         Some(Command::Bench(BenchCommand::Invalidate(_args))) => anyhow::bail!("bench"),
         Some(Command::Inspect(args)) => inspect::run(&args, &mut out).map(done),
-        Some(Command::DemoApplication(args)) => demo::application::run(&args).map(done),
-        Some(Command::DemoPeer(args)) => demo::peer::run(&args).map(done),
+        Some(Command::Application(args)) => demo::application::run(&args).map(done),
+        Some(Command::Peer(args)) => demo::peer::run(&args).map(done),
         Some(Command::BenchSubject(_args)) => anyhow::bail!("bench"),
     }
 }

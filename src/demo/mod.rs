@@ -78,7 +78,7 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     let (device_socket, host_socket) = (dir.join("device.sock"), dir.join("host.sock"));
     let mut device = Service::start("device", device_args(args, dir, &device_socket))?;
     device.expect("ready", START_LIMIT, stop)?;
-    let mut host = Service::start("host", host_args(args, dir, &device_socket, &host_socket))?;
+    let mut host = Service::start("host daemon", host_args(args, dir, &device_socket, &host_socket))?;
     host.expect("ready", START_LIMIT, stop)?;
     let mut application = Service::start("application", application_args(args, &host_socket))?;
     let ready = application.expect("ready", START_LIMIT, stop)?;
@@ -86,7 +86,7 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     let mut peer = Service::start(
         "xpmem peer",
         args![
-            "demo-peer",
+            "peer",
             "--socket",
             &host_socket,
             "--pid",
@@ -199,7 +199,7 @@ fn host_args(args: &DemoArgs, dir: &Path, device: &Path, socket: &Path) -> Vec<O
 
 fn application_args(args: &DemoArgs, socket: &Path) -> Vec<OsString> {
     args![
-        "demo-application",
+        "application",
         "--socket",
         socket,
         "--seconds",
