@@ -128,10 +128,7 @@ impl Backing for InProcess {
     }
 
     fn dma_unmap(&self, iova: u64, len: u64) -> io::Result<()> {
-        self.function
-            .dma()
-            .unmap(iova, len)
-            .map_err(|e| e.errno().into())
+        self.function.dma().unmap(iova, len).map_err(|e| e.errno().into())
     }
 
     fn io_eventfd(&self, bar: usize, offset: u64) -> io::Result<Option<OwnedFd>> {

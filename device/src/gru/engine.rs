@@ -34,7 +34,12 @@ struct Spin {
 impl Spin {
     fn new(limit: Duration) -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { limit, budget: limit, since: None, polite: cpus <= 4 }
+        Self {
+            limit,
+            budget: limit,
+            since: None,
+            polite: cpus <= 4,
+        }
     }
     fn found(&mut self) {
         if self.since.take().is_some() {
@@ -89,7 +94,10 @@ impl Hardware {
     /// Looks at everything once and does what it finds. Returns whether there was anything.
     fn pass(&self, bench: &mut Bench, full: bool) -> bool {
         // A reset excludes this. (A poisoned lock would mean that a reset died: its assertion has been reported.)
-        let _working = self.quiesce.read().expect("no thread dies while it resets the device");
+        let _working = self
+            .quiesce
+            .read()
+            .expect("no thread dies while it resets the device");
         let mut worked = self.flush_handles();
         for chiplet in &self.chiplets {
             worked |= self.tfh_scan(chiplet, full);
@@ -111,7 +119,9 @@ impl Hardware {
     }
 
     fn flush_handles(&self) -> bool {
-        self.chiplets.iter().fold(false, |worked, chiplet| worked | self.tgh_scan(chiplet))
+        self.chiplets
+            .iter()
+            .fold(false, |worked, chiplet| worked | self.tgh_scan(chiplet))
     }
 
     /// How long an engine may sleep: for ever, except while the fault plan holds fills.

@@ -49,7 +49,10 @@ impl Hardware {
     // ---- words of CB and CBE ----
 
     pub(super) fn cbrstate(&self, chiplet: &Chiplet, cbr: usize) -> cbe::State {
-        let word = self.memory.word(chiplet.cbe(cbr) + cbe::STATE).load(Ordering::Acquire);
+        let word = self
+            .memory
+            .word(chiplet.cbe(cbr) + cbe::STATE)
+            .load(Ordering::Acquire);
         cbe::Status::from_bits(word).cbrstate()
     }
 
@@ -62,7 +65,9 @@ impl Hardware {
     /// Changes istatus (and isubstatus to none) of a CB and nothing else; everything before is visible first.
     pub(super) fn set_istatus(&self, chiplet: &Chiplet, context: usize, logical: usize, status: cb::Status) {
         let changed = |word| {
-            let control = cb::Control::from_bits(word).with_istatus(status).with_isubstatus(0);
+            let control = cb::Control::from_bits(word)
+                .with_istatus(status)
+                .with_isubstatus(0);
             Some(control.into_bits())
         };
         let word = self.memory.word(chiplet.cb(context, logical) + cb::CONTROL);
@@ -84,9 +89,16 @@ impl Hardware {
         self.interrupt_delays(true);
         let quiet = self.quiesce.write().expect("no engine dies while it works");
         for chiplet in &self.chiplets {
-            *chiplet.configuration.lock().expect("no thread dies while it configures a context") =
-                Default::default();
-            for word in [&chiplet.allocated, &chiplet.active, &chiplet.pending_cch, &chiplet.tgh_claims] {
+            *chiplet
+                .configuration
+                .lock()
+                .expect("no thread dies while it configures a context") = Default::default();
+            for word in [
+                &chiplet.allocated,
+                &chiplet.active,
+                &chiplet.pending_cch,
+                &chiplet.tgh_claims,
+            ] {
                 word.store(0, Ordering::SeqCst);
             }
             for word in chiplet.allocated_cbrs.iter().chain(&chiplet.missing) {

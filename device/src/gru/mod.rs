@@ -189,7 +189,10 @@ impl Gru {
             .collect();
         if let Some(parking) = &parking {
             for chiplet in &chiplets {
-                chiplet.atc.set_hooks(parking.hooks()).expect("a new ATC has no hooks");
+                chiplet
+                    .atc
+                    .set_hooks(parking.hooks())
+                    .expect("a new ATC has no hooks");
             }
         }
         let hardware = Arc::new(Hardware {
@@ -204,14 +207,22 @@ impl Gru {
             counters: Counters::default(),
             quiesce: RwLock::new(()),
         });
-        let gru = Arc::new(Self { hardware, threads: Mutex::new(Vec::new()) });
+        let gru = Arc::new(Self {
+            hardware,
+            threads: Mutex::new(Vec::new()),
+        });
         for number in 0..config.engines {
             let hardware = Arc::clone(&gru.hardware);
             let bench = Bench {
                 engines: hardware
                     .chiplets
                     .iter()
-                    .map(|chiplet| chiplet.atc.engine().expect("an ATC has a handle for each engine thread"))
+                    .map(|chiplet| {
+                        chiplet
+                            .atc
+                            .engine()
+                            .expect("an ATC has a handle for each engine thread")
+                    })
                     .collect(),
                 bounce: vec![0; instructions::STEP_BYTES as usize].into(),
             };
@@ -237,7 +248,9 @@ impl Gru {
     }
 
     fn threads(&self) -> std::sync::MutexGuard<'_, Vec<JoinHandle<()>>> {
-        self.threads.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.threads
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 
@@ -313,7 +326,11 @@ impl Model for Gru {
                 self.hardware.read(offset, data);
                 Ok(())
             }
-            pci::BAR_DOORBELL if offset.checked_add(len as u64).is_some_and(|end| end <= pci::BAR_DOORBELL_SIZE) => {
+            pci::BAR_DOORBELL
+                if offset
+                    .checked_add(len as u64)
+                    .is_some_and(|end| end <= pci::BAR_DOORBELL_SIZE) =>
+            {
                 self.hardware.wake.status().load_bytes(offset, data);
                 Ok(())
             }
@@ -328,7 +345,11 @@ impl Model for Gru {
                 self.hardware.write(offset, data);
                 Ok(())
             }
-            pci::BAR_DOORBELL if offset.checked_add(len as u64).is_some_and(|end| end <= pci::BAR_DOORBELL_SIZE) => {
+            pci::BAR_DOORBELL
+                if offset
+                    .checked_add(len as u64)
+                    .is_some_and(|end| end <= pci::BAR_DOORBELL_SIZE) =>
+            {
                 // The doorbell page rings; everything else in the BAR is read-only for software.
                 if offset < pci::DOORBELL_OFFSET + 0x1000 {
                     self.hardware.ring();
@@ -344,7 +365,11 @@ impl Model for Gru {
             return Vec::new();
         }
         match self.hardware.wake.doorbell().try_clone_to_owned() {
-            Ok(fd) => vec![IoEventFd { offset: pci::DOORBELL_OFFSET, size: 8, fd }],
+            Ok(fd) => vec![IoEventFd {
+                offset: pci::DOORBELL_OFFSET,
+                size: 8,
+                fd,
+            }],
             Err(error) => {
                 tracing::warn!(%error, "no ioeventfd for the doorbell");
                 Vec::new()

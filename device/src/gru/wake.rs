@@ -44,7 +44,9 @@ pub(super) struct Wake {
 impl Wake {
     /// `status` is BAR0.
     pub(super) fn new(status: BarMemory) -> io::Result<Self> {
-        status.word(pci::STATUS_OFFSET + pci::STATUS_MAGIC).store(pci::STATUS_MAGIC_VALUE, Ordering::Release);
+        status
+            .word(pci::STATUS_OFFSET + pci::STATUS_MAGIC)
+            .store(pci::STATUS_MAGIC_VALUE, Ordering::Release);
         Ok(Self {
             status,
             doorbell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
@@ -72,12 +74,16 @@ impl Wake {
 
     /// A reset is complete.
     pub(super) fn count_reset(&self) {
-        self.status.word32(pci::STATUS_OFFSET + pci::STATUS_RESETS).fetch_add(1, Ordering::Release);
+        self.status
+            .word32(pci::STATUS_OFFSET + pci::STATUS_RESETS)
+            .fetch_add(1, Ordering::Release);
     }
 
     /// Completed resets.
     pub(super) fn resets(&self) -> u32 {
-        self.status.word32(pci::STATUS_OFFSET + pci::STATUS_RESETS).load(Ordering::Acquire)
+        self.status
+            .word32(pci::STATUS_OFFSET + pci::STATUS_RESETS)
+            .load(Ordering::Acquire)
     }
 
     /// After a store: make sure that some engine sees it.

@@ -125,14 +125,25 @@ impl Core {
     /// # Errors
     /// ESRCH, EPERM.
     pub fn session_of(&self, pid: u32, who: &Identity) -> Result<Arc<Session>, Refusal> {
-        let session = self.table().values().rev().find(|s| s.space.pid() == pid).cloned();
+        let session = self
+            .table()
+            .values()
+            .rev()
+            .find(|s| s.space.pid() == pid)
+            .cloned();
         let session = session.ok_or_else(|| {
-            Refusal::new(libc::ESRCH, format!("process {pid} has no session here; let it attach first"))
+            Refusal::new(
+                libc::ESRCH,
+                format!("process {pid} has no session here; let it attach first"),
+            )
         })?;
         if !who.may_act_for(session.uid) {
             return Err(Refusal::new(
                 libc::EPERM,
-                format!("process {pid} belongs to user {}, not to user {}", session.uid, who.uid),
+                format!(
+                    "process {pid} belongs to user {}, not to user {}",
+                    session.uid, who.uid
+                ),
             ));
         }
         Ok(session)

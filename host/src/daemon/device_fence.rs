@@ -59,26 +59,28 @@ impl DeviceFence {
         });
         let thread_stop = stop.try_clone()?;
         let fence = fence.clone();
-        let thread = std::thread::Builder::new().name("device-fence".into()).spawn(move || {
-            let token = MaySleep::claim("device-fence");
-            loop {
-                let mut fds = [
-                    PollFd::from_borrowed_fd(thread_stop.as_fd(), PollFlags::IN),
-                    PollFd::from_borrowed_fd(stalled.as_fd(), PollFlags::IN),
-                ];
-                if poll(&mut fds, None).is_err() {
-                    continue;
-                }
-                if !fds[0].revents().is_empty() {
+        let thread = std::thread::Builder::new()
+            .name("device-fence".into())
+            .spawn(move || {
+                let token = MaySleep::claim("device-fence");
+                loop {
+                    let mut fds = [
+                        PollFd::from_borrowed_fd(thread_stop.as_fd(), PollFlags::IN),
+                        PollFd::from_borrowed_fd(stalled.as_fd(), PollFlags::IN),
+                    ];
+                    if poll(&mut fds, None).is_err() {
+                        continue;
+                    }
+                    if !fds[0].revents().is_empty() {
+                        return;
+                    }
+                    let why = format!("a handle has been busy for more than {timeout:?}");
+                    if let Err(error) = fence.kill_and_wait(&peer, &why, &token) {
+                        tracing::error!(%error, "the device cannot be fenced");
+                    }
                     return;
                 }
-                let why = format!("a handle has been busy for more than {timeout:?}");
-                if let Err(error) = fence.kill_and_wait(&peer, &why, &token) {
-                    tracing::error!(%error, "the device cannot be fenced");
-                }
-                return;
-            }
-        })?;
+            })?;
         let this = Self {
             stop,
             thread: Some(thread),

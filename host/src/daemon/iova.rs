@@ -65,7 +65,11 @@ mod tests {
         iova.release(b);
         assert_eq!(iova.allocate(2 * ALIGN), Some(b));
         iova.release(a);
-        assert_eq!(iova.allocate(ALIGN + 1), Some(c + 2 * ALIGN), "does not fit into the first hole");
+        assert_eq!(
+            iova.allocate(ALIGN + 1),
+            Some(c + 2 * ALIGN),
+            "does not fit into the first hole"
+        );
         assert_eq!(iova.ranges(), 3);
     }
 

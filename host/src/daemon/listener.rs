@@ -45,17 +45,22 @@ impl Listener {
             reason,
         };
         let system = |what: &str, e: &dyn std::fmt::Display| fail(format!("{what}: {e}"));
-        let address =
-            SocketAddrUnix::new(path).map_err(|e| system("not usable as a socket path (at most 107 bytes)", &e))?;
+        let address = SocketAddrUnix::new(path)
+            .map_err(|e| system("not usable as a socket path (at most 107 bytes)", &e))?;
         let directory = match path.parent() {
             Some(p) if !p.as_os_str().is_empty() => p,
             _ => Path::new("."),
         };
-        let directory_fd = rustix::fs::open(directory, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|e| system(&format!("directory {}; create it first", directory.display()), &e))?;
+        let directory_fd = rustix::fs::open(
+            directory,
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .map_err(|e| system(&format!("directory {}; create it first", directory.display()), &e))?;
         // Two daemons that both find a dead one's file must not remove each other's: one at a time, until it
         // listens. The lock goes with the descriptor.
-        rustix::fs::flock(&directory_fd, FlockOperation::LockExclusive).map_err(|e| system("flock of the directory", &e))?;
+        rustix::fs::flock(&directory_fd, FlockOperation::LockExclusive)
+            .map_err(|e| system("flock of the directory", &e))?;
 
         remove_stale(path, &address).map_err(&fail)?;
         let socket = seqpacket().map_err(|e| system("socket", &e))?;
@@ -76,7 +81,10 @@ impl Listener {
     /// # Errors
     /// `WouldBlock` when nobody waits; else the system's reason (ECONNABORTED, EMFILE ...).
     pub fn accept(&self) -> io::Result<OwnedFd> {
-        Ok(accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?)
+        Ok(accept_with(
+            &self.socket,
+            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        )?)
     }
 }
 
@@ -116,10 +124,15 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), String> {
         }
         Err(rustix::io::Errno::CONNREFUSED) => {
             tracing::info!(path = %path.display(), "replacing the socket of a daemon that is gone");
-            std::fs::remove_file(path).map_err(|e| format!("the file of a dead daemon cannot be removed: {e}"))
+            std::fs::remove_file(path)
+                .map_err(|e| format!("the file of a dead daemon cannot be removed: {e}"))
         }
-        Err(rustix::io::Errno::PROTOTYPE) => Err("a socket of another kind is there; choose another path".into()),
-        Err(e) => Err(format!("a socket is there and cannot be probed: {e}; choose another path")),
+        Err(rustix::io::Errno::PROTOTYPE) => {
+            Err("a socket of another kind is there; choose another path".into())
+        }
+        Err(e) => Err(format!(
+            "a socket is there and cannot be probed: {e}; choose another path"
+        )),
     }
 }
 

@@ -94,7 +94,11 @@ pub fn run(config: HostConfig, stop: Stop) -> Result<(), DaemonError> {
 ///
 /// # Errors
 /// As [`run`].
-pub fn run_with_backing(config: HostConfig, backing: Arc<dyn Backing>, stop: Stop) -> Result<(), DaemonError> {
+pub fn run_with_backing(
+    config: HostConfig,
+    backing: Arc<dyn Backing>,
+    stop: Stop,
+) -> Result<(), DaemonError> {
     let system = |what| move |source| DaemonError::System { what, source };
     let timeout = (!config.fence_timeout.is_zero()).then_some(config.fence_timeout);
     let fence = Arc::new(Fence::new(timeout));
@@ -127,9 +131,9 @@ pub fn run_with_backing(config: HostConfig, backing: Arc<dyn Backing>, stop: Sto
         own_pidfd().map_err(system("pidfd of this process"))?,
     );
     let _reclaim = match config.reclaim {
-        Some(reclaim) => Some(
-            ReclaimThread::start(core.clone(), reclaim).map_err(system("starting the reclaim thread"))?,
-        ),
+        Some(reclaim) => {
+            Some(ReclaimThread::start(core.clone(), reclaim).map_err(system("starting the reclaim thread"))?)
+        }
         None => None,
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -144,7 +148,9 @@ pub fn run_with_backing(config: HostConfig, backing: Arc<dyn Backing>, stop: Sto
             device_pid: backing.pid(),
         });
     }
-    let ending = runtime.block_on(serve::serve(core, listener, stop)).map_err(system("the control plane"))?;
+    let ending = runtime
+        .block_on(serve::serve(core, listener, stop))
+        .map_err(system("the control plane"))?;
     // Sessions that did not close in time have been named; their threads must not keep the daemon.
     runtime.shutdown_background();
     match ending {

@@ -15,6 +15,7 @@ use tokio::io::unix::AsyncFd;
 pub(super) fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd names the same open descriptor from here until the AsyncFd, its only owner, closes it.
     unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE | Interest::WRITABLE) }
+        .map_err(io::Error::from)
 }
 
 /// As [`watch`], for descriptors that only become readable (pidfds, eventfds, listeners).
@@ -23,5 +24,5 @@ pub(super) fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 /// epoll's reason.
 pub(super) fn watch_readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: as in `watch`.
-    unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }
+    unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(io::Error::from)
 }

@@ -22,29 +22,34 @@ impl ReclaimThread {
     pub(super) fn start(core: Arc<Core>, config: ReclaimConfig) -> io::Result<Self> {
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let thread_stop = stop.try_clone()?;
-        let thread = std::thread::Builder::new().name("reclaim".into()).spawn(move || {
-            let token = MaySleep::claim("reclaim thread");
-            let period = Timespec {
-                tv_sec: i64::try_from(config.period.as_secs()).unwrap_or(i64::MAX),
-                tv_nsec: config.period.subsec_nanos().into(),
-            };
-            let mut turn = 0usize;
-            loop {
-                let mut fds = [PollFd::from_borrowed_fd(thread_stop.as_fd(), PollFlags::IN)];
-                if matches!(poll(&mut fds, Some(&period)), Ok(n) if n > 0) {
-                    return;
-                }
-                let reclaimers: Vec<_> =
-                    core.sessions().iter().filter_map(|s| s.space.reclaimer().cloned()).collect();
-                if let Some(reclaimer) = reclaimers.get(turn % reclaimers.len().max(1)) {
-                    // Failures are counted and logged there; the next attempt picks another piece.
-                    if let Err(error) = reclaimer.reclaim_one(&token) {
-                        tracing::debug!(%error, "reclaim");
+        let thread = std::thread::Builder::new()
+            .name("reclaim".into())
+            .spawn(move || {
+                let token = MaySleep::claim("reclaim thread");
+                let period = Timespec {
+                    tv_sec: i64::try_from(config.period.as_secs()).unwrap_or(i64::MAX),
+                    tv_nsec: config.period.subsec_nanos().into(),
+                };
+                let mut turn = 0usize;
+                loop {
+                    let mut fds = [PollFd::from_borrowed_fd(thread_stop.as_fd(), PollFlags::IN)];
+                    if matches!(poll(&mut fds, Some(&period)), Ok(n) if n > 0) {
+                        return;
                     }
+                    let reclaimers: Vec<_> = core
+                        .sessions()
+                        .iter()
+                        .filter_map(|s| s.space.reclaimer().cloned())
+                        .collect();
+                    if let Some(reclaimer) = reclaimers.get(turn % reclaimers.len().max(1)) {
+                        // Failures are counted and logged there; the next attempt picks another piece.
+                        if let Err(error) = reclaimer.reclaim_one(&token) {
+                            tracing::debug!(%error, "reclaim");
+                        }
+                    }
+                    turn = turn.wrapping_add(1);
                 }
-                turn = turn.wrapping_add(1);
-            }
-        })?;
+            })?;
         Ok(Self {
             stop,
             thread: Some(thread),

@@ -16,8 +16,8 @@ use super::core::Core;
 use super::device_watch::device_gone;
 use super::listener::Listener;
 use super::readiness::{watch, watch_readable};
-use crate::session::packet::{Packet, PacketError, receive, send};
 use crate::session::identity::{Identity, duplicate};
+use crate::session::packet::{Packet, PacketError, receive, send};
 use crate::session::{Answer, Connection, Refusal};
 
 /// Connections at once: each costs descriptors and, with a session, three threads.
@@ -114,7 +114,11 @@ pub(super) async fn serve(core: Arc<Core>, listener: Listener, stop: Stop) -> io
     let patience = core.options.fence_timeout + SHUTDOWN_GRACE;
     if tokio::time::timeout(patience, all_closed).await.is_err() {
         for session in core.sessions() {
-            tracing::error!(session = session.id, pid = session.space.pid(), "the session does not close; leaving it");
+            tracing::error!(
+                session = session.id,
+                pid = session.space.pid(),
+                "the session does not close; leaving it"
+            );
         }
     }
     Ok(ending)
@@ -164,11 +168,18 @@ async fn connection(core: Arc<Core>, number: u64, socket: OwnedFd, mut shutdown:
     };
     let connection = Arc::new(Connection::new(core, number, identity));
     let reason = serve_connection(&connection, &socket, &pidfd, &mut shutdown).await;
-    tracing::debug!(connection = number, pid = connection.identity().pid, reason, "connection ends");
+    tracing::debug!(
+        connection = number,
+        pid = connection.identity().pid,
+        reason,
+        "connection ends"
+    );
     if let Some(session) = connection.session()
         && let Shutdown::DeviceGone(reason) = &*shutdown.borrow()
     {
-        session.notify(&Notice::DeviceLost { reason: reason.clone() });
+        session.notify(&Notice::DeviceLost {
+            reason: reason.clone(),
+        });
     }
     let closing = tokio::task::spawn_blocking(move || connection.close(&reason));
     report_panic(closing.await);

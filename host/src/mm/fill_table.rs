@@ -476,7 +476,8 @@ impl FillTable {
             || self.window(key).any(|entry| {
                 entry.pin(key).is_some_and(|pinned| {
                     pinned.0.huge.load(Ordering::Relaxed) != 0
-                        || pinned.0.pages[(page / 64) as usize].load(Ordering::Relaxed) >> (page % 64) & 1 != 0
+                        || pinned.0.pages[(page / 64) as usize].load(Ordering::Relaxed) >> (page % 64) & 1
+                            != 0
                 })
             })
     }

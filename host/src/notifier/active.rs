@@ -67,9 +67,10 @@ impl ActiveTable {
     }
 
     pub(super) fn claim_waiting(&self, start: u64, end: u64, token: &MaySleep) -> Claim {
-        self.freed.wait_for(token, "a free entry for an invalidation", || {
-            self.claim(start, end)
-        })
+        self.freed
+            .wait_for(token, "a free entry for an invalidation", || {
+                self.claim(start, end)
+            })
     }
 
     pub(super) fn succeeded(&self, claim: &Claim, subscriber: usize) {
@@ -117,12 +118,14 @@ impl ActiveTable {
     }
 
     pub(super) fn meets(&self, start: u64, end: u64) -> bool {
-        self.entries.iter().any(|entry| match entry.number.load(Ordering::Acquire) {
-            0 => false,
-            // Not written yet: could be any range.
-            CLAIMED => true,
-            _ => entry.start.load(Ordering::Relaxed) < end && start < entry.end.load(Ordering::Relaxed),
-        })
+        self.entries
+            .iter()
+            .any(|entry| match entry.number.load(Ordering::Acquire) {
+                0 => false,
+                // Not written yet: could be any range.
+                CLAIMED => true,
+                _ => entry.start.load(Ordering::Relaxed) < end && start < entry.end.load(Ordering::Relaxed),
+            })
     }
 
     pub(super) fn count(&self) -> u64 {

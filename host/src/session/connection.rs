@@ -149,9 +149,8 @@ impl Connection {
     }
 
     fn own_session(&self) -> Result<Arc<Session>, Refusal> {
-        self.session().ok_or_else(|| {
-            Refusal::new(libc::ENOTCONN, "this connection has no session; attach first")
-        })
+        self.session()
+            .ok_or_else(|| Refusal::new(libc::ENOTCONN, "this connection has no session; attach first"))
     }
 
     fn unused(&self) -> Result<(), Refusal> {
@@ -169,7 +168,9 @@ impl Connection {
         if version != VERSION {
             return Err(Refusal::new(
                 libc::EPROTONOSUPPORT,
-                format!("the daemon speaks version {VERSION}, the agent {version}; use the same build of both"),
+                format!(
+                    "the daemon speaks version {VERSION}, the agent {version}; use the same build of both"
+                ),
             ));
         }
         Ok(())
@@ -191,16 +192,25 @@ impl Connection {
         if !self.core.accepts(&self.identity) {
             return Err(Refusal::new(
                 libc::EPERM,
-                format!("user {} may not use this daemon; run one of your own", self.identity.uid),
+                format!(
+                    "user {} may not use this daemon; run one of your own",
+                    self.identity.uid
+                ),
             ));
         }
         if name.len() > MOST_NAME_BYTES {
-            return Err(Refusal::new(libc::ENAMETOOLONG, format!("a name has at most {MOST_NAME_BYTES} bytes")));
+            return Err(Refusal::new(
+                libc::ENAMETOOLONG,
+                format!("a name has at most {MOST_NAME_BYTES} bytes"),
+            ));
         }
         let [uffd, maps] = <[OwnedFd; 2]>::try_from(fds).map_err(|fds| {
             Refusal::new(
                 libc::EINVAL,
-                format!("attach needs 2 descriptors [userfaultfd, /proc/self/maps], got {}", fds.len()),
+                format!(
+                    "attach needs 2 descriptors [userfaultfd, /proc/self/maps], got {}",
+                    fds.len()
+                ),
             )
         })?;
         let admission = Admission {
@@ -228,7 +238,10 @@ impl Connection {
             Ok(fds) => fds,
             Err(error) => {
                 session.close("out of descriptors", &self.core.memory);
-                return Err(Refusal::new(libc::EMFILE, format!("descriptors for the agent: {error}")));
+                return Err(Refusal::new(
+                    libc::EMFILE,
+                    format!("descriptors for the agent: {error}"),
+                ));
             }
         };
         self.state().session = Some(session.clone());
@@ -241,7 +254,8 @@ impl Connection {
                 device_pid: self.core.backing.pid().unwrap_or(0),
                 session: session.id,
                 uffd_mode: self.core.options.uffd_mode,
-                fence_timeout_ms: u64::try_from(self.core.options.fence_timeout.as_millis()).unwrap_or(u64::MAX),
+                fence_timeout_ms: u64::try_from(self.core.options.fence_timeout.as_millis())
+                    .unwrap_or(u64::MAX),
             },
             fds,
         })
@@ -250,7 +264,10 @@ impl Connection {
     fn add_memory(&self, len: u64, fds: Vec<OwnedFd>) -> Result<Answer, Refusal> {
         let session = self.own_session()?;
         let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| {
-            Refusal::new(libc::EINVAL, format!("the memory is 1 descriptor, got {}", fds.len()))
+            Refusal::new(
+                libc::EINVAL,
+                format!("the memory is 1 descriptor, got {}", fds.len()),
+            )
         })?;
         let id = check_memory(fd.as_fd(), len).map_err(|(errno, message)| Refusal::new(errno, message))?;
         let known = session.space.file(id);
@@ -331,19 +348,29 @@ impl Connection {
         else {
             return Ok((Vec::new(), 0));
         };
-        let fds = [chiplets, status, doorbell].map(duplicate).into_iter().collect::<std::io::Result<_>>();
+        let fds = [chiplets, status, doorbell]
+            .map(duplicate)
+            .into_iter()
+            .collect::<std::io::Result<_>>();
         let fds = fds.map_err(|e| Refusal::new(libc::EMFILE, format!("descriptors for the agent: {e}")))?;
         Ok((fds, status_offset))
     }
 
     fn context(&self, number: u32) -> Result<Arc<Context>, Refusal> {
-        let session = self.state().contexts.iter().find(|(n, _)| *n == number).and_then(|(_, s)| s.upgrade());
-        session.and_then(|s| s.context(number, self.number)).ok_or_else(|| {
-            Refusal::new(
-                libc::ENOENT,
-                format!("context {number} is not one of this connection (any more)"),
-            )
-        })
+        let session = self
+            .state()
+            .contexts
+            .iter()
+            .find(|(n, _)| *n == number)
+            .and_then(|(_, s)| s.upgrade());
+        session
+            .and_then(|s| s.context(number, self.number))
+            .ok_or_else(|| {
+                Refusal::new(
+                    libc::ENOENT,
+                    format!("context {number} is not one of this connection (any more)"),
+                )
+            })
     }
 
     fn destroy_context(&self, number: u32) -> Result<Answer, Refusal> {
@@ -362,7 +389,10 @@ impl Connection {
     fn gseg_read(&self, context: u32, offset: u32, len: u32) -> Result<Answer, Refusal> {
         let context = self.context(context)?;
         if len > MOST_GSEG_BYTES {
-            return Err(Refusal::new(libc::E2BIG, format!("at most {MOST_GSEG_BYTES} bytes at once, not {len}")));
+            return Err(Refusal::new(
+                libc::E2BIG,
+                format!("at most {MOST_GSEG_BYTES} bytes at once, not {len}"),
+            ));
         }
         let mut data = vec![0; len as usize];
         context.gseg_read(offset.into(), &mut data)?;
@@ -413,7 +443,10 @@ impl Connection {
         // Not under the lock: the look-up sleeps.
         let peer = self.state().peer.clone();
         let peer = peer.ok_or_else(|| {
-            Refusal::new(libc::ENOTCONN, "this connection is no peer's; attach as a peer first")
+            Refusal::new(
+                libc::ENOTCONN,
+                "this connection is no peer's; attach as a peer first",
+            )
         })?;
         let (page, fd) = peer.resolve(va)?;
         Ok(Answer {
@@ -442,10 +475,12 @@ impl Connection {
 
 fn to_hex(bytes: &[u8]) -> String {
     use std::fmt::Write;
-    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut hex, byte| {
-        write!(hex, "{byte:02x}").expect("a String takes everything");
-        hex
-    })
+    bytes
+        .iter()
+        .fold(String::with_capacity(2 * bytes.len()), |mut hex, byte| {
+            write!(hex, "{byte:02x}").expect("a String takes everything");
+            hex
+        })
 }
 
 fn from_hex(hex: &str) -> Option<Vec<u8>> {
@@ -468,7 +503,7 @@ mod tests {
     fn test_hex_when_bytes_are_any_round_trips() {
         let all: Vec<u8> = (0..=255).collect();
         assert_eq!(from_hex(&to_hex(&all)).unwrap(), all);
-        assert_eq!(from_hex("").unwrap(), []);
+        assert!(from_hex("").unwrap().is_empty());
     }
 
     #[test]

@@ -100,7 +100,9 @@ fn link_of(fd: BorrowedFd<'_>) -> io::Result<String> {
 pub fn check_userfaultfd(fd: BorrowedFd<'_>) -> Result<(), String> {
     let link = link_of(fd).map_err(|e| format!("the first descriptor cannot be looked at: {e}"))?;
     if link != "anon_inode:[userfaultfd]" {
-        return Err(format!("the first descriptor must be a userfaultfd, it is {link}"));
+        return Err(format!(
+            "the first descriptor must be a userfaultfd, it is {link}"
+        ));
     }
     let flags = rustix::fs::fcntl_getfl(fd).map_err(|e| format!("userfaultfd flags: {e}"))?;
     rustix::fs::fcntl_setfl(fd, flags | OFlags::NONBLOCK).map_err(|e| format!("userfaultfd flags: {e}"))?;
@@ -120,7 +122,9 @@ pub fn check_maps(fd: BorrowedFd<'_>) -> Result<(), String> {
     let link = link_of(fd).map_err(|e| format!("the second descriptor cannot be looked at: {e}"))?;
     let kind = rustix::fs::fstatfs(fd).map_err(|e| format!("fstatfs of the second descriptor: {e}"))?;
     if kind.f_type as i64 != PROC_SUPER_MAGIC || !link.ends_with("/maps") {
-        return Err(format!("the second descriptor must be /proc/self/maps, it is {link}"));
+        return Err(format!(
+            "the second descriptor must be /proc/self/maps, it is {link}"
+        ));
     }
     Ok(())
 }
@@ -141,7 +145,10 @@ pub struct FileId {
 pub fn check_memory(fd: BorrowedFd<'_>, len: u64) -> Result<FileId, (i32, String)> {
     let stat = rustix::fs::fstat(fd).map_err(|e| (e.raw_os_error(), format!("fstat of the memory: {e}")))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return Err((libc::EINVAL, "device memory must be a memfd; this descriptor is not a file".into()));
+        return Err((
+            libc::EINVAL,
+            "device memory must be a memfd; this descriptor is not a file".into(),
+        ));
     }
     if len == 0 || !len.is_multiple_of(4096) || len > i64::MAX as u64 || (stat.st_size as u64) < len {
         return Err((
@@ -152,9 +159,13 @@ pub fn check_memory(fd: BorrowedFd<'_>, len: u64) -> Result<FileId, (i32, String
             ),
         ));
     }
-    let mode = rustix::fs::fcntl_getfl(fd).map_err(|e| (e.raw_os_error(), format!("flags of the memory: {e}")))?;
+    let mode =
+        rustix::fs::fcntl_getfl(fd).map_err(|e| (e.raw_os_error(), format!("flags of the memory: {e}")))?;
     if mode & OFlags::ACCMODE != OFlags::RDWR {
-        return Err((libc::EACCES, "the memory must be open for reading and writing".into()));
+        return Err((
+            libc::EACCES,
+            "the memory must be open for reading and writing".into(),
+        ));
     }
     // Without the seal a truncation would take pages away under the device's running copy.
     let sealed = rustix::fs::fcntl_get_seals(fd).is_ok_and(|s| s.contains(SealFlags::SHRINK))
@@ -196,16 +207,28 @@ mod tests {
         let fd = memfd(8192, MemfdFlags::ALLOW_SEALING);
         let id = check_memory(fd.as_fd(), 8192).unwrap();
         assert_eq!(check_memory(fd.as_fd(), 4096).unwrap(), id);
-        assert!(rustix::fs::ftruncate(&fd, 0).is_err(), "truncation is sealed away");
+        assert!(
+            rustix::fs::ftruncate(&fd, 0).is_err(),
+            "truncation is sealed away"
+        );
     }
 
     #[test]
     fn test_memory_when_unfit_is_refused_with_the_way_out() {
         let fd = memfd(8192, MemfdFlags::empty());
-        assert!(check_memory(fd.as_fd(), 8192).unwrap_err().1.contains("F_SEAL_SHRINK"));
+        assert!(
+            check_memory(fd.as_fd(), 8192)
+                .unwrap_err()
+                .1
+                .contains("F_SEAL_SHRINK")
+        );
         let fd = memfd(8192, MemfdFlags::ALLOW_SEALING);
         for len in [0, 1, 4097, 12288, u64::MAX, 1 << 63] {
-            assert_eq!(check_memory(fd.as_fd(), len).unwrap_err().0, libc::EINVAL, "{len}");
+            assert_eq!(
+                check_memory(fd.as_fd(), len).unwrap_err().0,
+                libc::EINVAL,
+                "{len}"
+            );
         }
         let null = std::fs::File::open("/dev/null").unwrap();
         assert!(check_memory(null.as_fd(), 4096).is_err());
@@ -224,7 +247,11 @@ mod tests {
         let null = std::fs::File::open("/dev/null").unwrap();
         check_maps(maps.as_fd()).unwrap();
         assert!(check_maps(null.as_fd()).is_err());
-        assert!(check_userfaultfd(maps.as_fd()).unwrap_err().contains("userfaultfd"));
+        assert!(
+            check_userfaultfd(maps.as_fd())
+                .unwrap_err()
+                .contains("userfaultfd")
+        );
     }
 
     #[test]

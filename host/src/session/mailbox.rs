@@ -13,8 +13,8 @@ use rustix::thread::futex;
 use rustix::time::Timespec;
 
 use super::space::AddressSpace;
-use crate::stats::ByEvent;
 use crate::notifier::{Ctx, Event, MaySleep, NotifierRange, Started};
+use crate::stats::ByEvent;
 
 /// Worker threads of a session: one can wait for a sleeping subscriber while the other serves the rest.
 pub const WORKERS: usize = 2;
@@ -24,7 +24,10 @@ const USER_END: u64 = 1 << 56;
 
 /// Longest sleep on the bell. The daemon's own wake-ups do not depend on it; it bounds what an application
 /// can do that spoils the bell's words.
-const LONGEST_SLEEP: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+const LONGEST_SLEEP: Timespec = Timespec {
+    tv_sec: 1,
+    tv_nsec: 0,
+};
 
 /// Looks at the bell before going to sleep: a second call often follows at once, and a wake-up costs more
 /// than this.
@@ -118,7 +121,9 @@ impl Mailbox {
         for index in 0..SLOTS {
             self.serve(index, token);
             if let Some(started) = self.take_open(index) {
-                self.space.chain().invalidate_range_end(started, Ctx::MaySleep(token));
+                self.space
+                    .chain()
+                    .invalidate_range_end(started, Ctx::MaySleep(token));
             }
             let state = &self.space.table().slots[index].state;
             let _ = futex::wake(state, futex::Flags::empty(), i32::MAX as u32);
@@ -138,7 +143,8 @@ impl Mailbox {
             _ => return false,
         };
         let claimed =
-            slot.state.compare_exchange(state, slot_state::SERVING, Ordering::Acquire, Ordering::Relaxed);
+            slot.state
+                .compare_exchange(state, slot_state::SERVING, Ordering::Acquire, Ordering::Relaxed);
         if claimed.is_err() {
             return false;
         }
@@ -147,7 +153,11 @@ impl Mailbox {
         let nanoseconds = u32::try_from(begun.elapsed().as_nanos()).unwrap_or(u32::MAX);
         slot.chain_ns.store(nanoseconds, Ordering::Relaxed);
         slot.result.store(result, Ordering::Relaxed);
-        let next = if detached { slot_state::FREE } else { slot_state::DONE };
+        let next = if detached {
+            slot_state::FREE
+        } else {
+            slot_state::DONE
+        };
         slot.state.store(next, Ordering::Release);
         // Pairs with the sleeper's fence between setting `sleeping` and looking at the state again.
         fence(Ordering::SeqCst);
@@ -170,9 +180,16 @@ impl Mailbox {
                 // A start in a slot whose invalidation is open: the end was lost, which costs a retry at most.
                 if let Some(lost) = self.take_open(index) {
                     self.malformed(index, "start without the end of the last one");
-                    self.space.chain().invalidate_range_end(lost, Ctx::MaySleep(token));
+                    self.space
+                        .chain()
+                        .invalidate_range_end(lost, Ctx::MaySleep(token));
                 }
-                let range = NotifierRange { start, end, event, blockable: true };
+                let range = NotifierRange {
+                    start,
+                    end,
+                    event,
+                    blockable: true,
+                };
                 let begun = Instant::now();
                 match self.space.start(range, token) {
                     Ok(started) => {
@@ -187,7 +204,9 @@ impl Mailbox {
             }
             (slot_op::END, _) => match self.take_open(index) {
                 Some(started) => {
-                    self.space.chain().invalidate_range_end(started, Ctx::MaySleep(token));
+                    self.space
+                        .chain()
+                        .invalidate_range_end(started, Ctx::MaySleep(token));
                     self.stats.ends.fetch_add(1, Ordering::Relaxed);
                     0
                 }

@@ -86,7 +86,10 @@ impl UsedFile {
         if offset >= self.len {
             return None;
         }
-        let piece = self.pieces.iter().find(|p| offset - p.offset.min(offset) < p.len && offset >= p.offset)?;
+        let piece = self
+            .pieces
+            .iter()
+            .find(|p| offset - p.offset.min(offset) < p.len && offset >= p.offset)?;
         let skip = offset - piece.offset;
         Some((piece.iova + skip, (piece.len - skip).min(self.len - offset)))
     }
@@ -120,16 +123,26 @@ impl DeviceMemory {
         already_used: bool,
     ) -> Result<Arc<[Piece]>, MapError> {
         let mut inner = self.inner();
-        let have = inner.files.get(&id).map_or_else(|| Arc::from([]), |m| m.pieces.clone());
+        let have = inner
+            .files
+            .get(&id)
+            .map_or_else(|| Arc::from([]), |m| m.pieces.clone());
         let mapped: u64 = have.iter().map(|p| p.len).sum();
         let pieces = if mapped >= len {
             have
         } else {
             let more = len - mapped;
             let iova = inner.iova.allocate(more).ok_or(MapError::NoRoom(more))?;
-            if let Err(source) = self.backing.dma_map(iova, more, fd.as_fd(), mapped, DmaProt::READ_WRITE) {
+            if let Err(source) = self
+                .backing
+                .dma_map(iova, more, fd.as_fd(), mapped, DmaProt::READ_WRITE)
+            {
                 inner.iova.release(iova);
-                return Err(MapError::Device { iova, len: more, source });
+                return Err(MapError::Device {
+                    iova,
+                    len: more,
+                    source,
+                });
             }
             have.iter()
                 .copied()

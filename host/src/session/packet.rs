@@ -82,7 +82,11 @@ pub fn send<T: Serialize>(socket: impl AsFd, message: &T, fds: &[BorrowedFd<'_>]
     if bytes.len() > MAX_PACKET || fds.len() > MAX_FDS {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
-            format!("a packet of {} bytes and {} descriptors does not fit", bytes.len(), fds.len()),
+            format!(
+                "a packet of {} bytes and {} descriptors does not fit",
+                bytes.len(),
+                fds.len()
+            ),
         ));
     }
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
@@ -130,10 +134,18 @@ mod tests {
     fn test_packet_when_sent_with_descriptors_arrives_whole() {
         let (a, b) = pair().unwrap();
         let null = std::fs::File::open("/dev/null").unwrap();
-        send(&a, &Request::AddMemory { len: 4096 }, &[null.as_fd(), null.as_fd()]).unwrap();
+        send(
+            &a,
+            &Request::AddMemory { len: 4096 },
+            &[null.as_fd(), null.as_fd()],
+        )
+        .unwrap();
         let packet = receive(&b).unwrap();
         assert_eq!(packet.fds.len(), 2);
-        assert_eq!(decode::<Request>(&packet.bytes).unwrap(), Request::AddMemory { len: 4096 });
+        assert_eq!(
+            decode::<Request>(&packet.bytes).unwrap(),
+            Request::AddMemory { len: 4096 }
+        );
         assert!(matches!(receive(&b), Err(PacketError::Io(e)) if e.kind() == io::ErrorKind::WouldBlock));
         drop(a);
         assert!(matches!(receive(&b), Err(PacketError::HungUp)));
@@ -153,7 +165,10 @@ mod tests {
         drop(write);
         assert_eq!(rustix::io::read(&read, &mut [0; 1]).unwrap(), 0);
         send(&a, &Request::Stats, &[]).unwrap();
-        assert_eq!(decode::<Request>(&receive(&b).unwrap().bytes).unwrap(), Request::Stats);
+        assert_eq!(
+            decode::<Request>(&receive(&b).unwrap().bytes).unwrap(),
+            Request::Stats
+        );
     }
 
     #[test]

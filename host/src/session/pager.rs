@@ -55,7 +55,9 @@ impl SpacePager {
             Ok(Lookup::Mapped(vma)) => match self.translate(space, va, &vma, &permit, shift) {
                 Some(Placed::Page(translation)) => {
                     faults.served.fetch_add(1, Ordering::Relaxed);
-                    faults.served_large.fetch_add(u64::from(translation.page_shift > SMALL), Ordering::Relaxed);
+                    faults
+                        .served_large
+                        .fetch_add(u64::from(translation.page_shift > SMALL), Ordering::Relaxed);
                     Attempt::Answer(Fault::Page(translation))
                 }
                 // Once more from the start, with a permit for the whole large page.
@@ -86,17 +88,21 @@ impl SpacePager {
         if !vma.shared {
             return None;
         }
-        let file = space.file(FileId { dev: vma.dev, ino: vma.inode })?;
+        let file = space.file(FileId {
+            dev: vma.dev,
+            ino: vma.inode,
+        })?;
         let page = |shift: u8| va & !((1u64 << shift) - 1);
         let small = page(SMALL);
         let (small_iova, _) = file.iova_of(vma.offset_of(small))?;
         let large = page(LARGE);
-        let large_iova = (vma.start <= large && large.checked_add(1 << LARGE).is_some_and(|end| end <= vma.end))
-            .then(|| file.iova_of(vma.offset_of(large)))
-            .flatten()
-            .filter(|(iova, run)| iova.is_multiple_of(1 << LARGE) && *run >= 1 << LARGE)
-            .map(|(iova, _)| iova)
-            .filter(|_| self.large_pages);
+        let large_iova = (vma.start <= large
+            && large.checked_add(1 << LARGE).is_some_and(|end| end <= vma.end))
+        .then(|| file.iova_of(vma.offset_of(large)))
+        .flatten()
+        .filter(|(iova, run)| iova.is_multiple_of(1 << LARGE) && *run >= 1 << LARGE)
+        .map(|(iova, _)| iova)
+        .filter(|_| self.large_pages);
         let (iova, page_shift) = match large_iova {
             Some(_) if shift < LARGE => return Some(Placed::CouldBeLarge),
             Some(iova) => (iova, LARGE),
@@ -112,7 +118,11 @@ impl SpacePager {
 
     fn say_private(&self, space: &AddressSpace, va: u64, vma: &Vma) {
         // The first, then every thousandth: the application chooses how many there are.
-        if self.refusals_logged.fetch_add(1, Ordering::Relaxed).is_multiple_of(1000) {
+        if self
+            .refusals_logged
+            .fetch_add(1, Ordering::Relaxed)
+            .is_multiple_of(1000)
+        {
             tracing::warn!(
                 session = space.id(),
                 pid = space.pid(),

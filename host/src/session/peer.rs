@@ -43,7 +43,8 @@ impl AttachedPeer {
                 format!("range {start:#x}..{end:#x} must be whole pages, and at least one"),
             ));
         }
-        let descriptors = |e: std::io::Error| Refusal::new(libc::EMFILE, format!("descriptors for the peer: {e}"));
+        let descriptors =
+            |e: std::io::Error| Refusal::new(libc::EMFILE, format!("descriptors for the peer: {e}"));
         let (ours, theirs) = packet::pair().map_err(descriptors)?;
         let pidfd = duplicate(&identity.pidfd).map_err(descriptors)?;
         let peer = Peer {
@@ -54,12 +55,21 @@ impl AttachedPeer {
         let token = MaySleep::claim("AttachPeer");
         let space = session.space.clone();
         if space.has_ended() {
-            return Err(Refusal::new(libc::ESHUTDOWN, "the application's session is ending"));
+            return Err(Refusal::new(
+                libc::ESHUTDOWN,
+                "the application's session is ending",
+            ));
         }
         space.join(&token)?;
         let link = PeerLink::new(peer, ours, start, end);
         space.xpmem().attach(link.clone(), &token);
-        tracing::info!(session = session.id, pid = identity.pid, start, end, "peer attached");
+        tracing::info!(
+            session = session.id,
+            pid = identity.pid,
+            start,
+            end,
+            "peer attached"
+        );
         let attached = Self {
             space,
             link,
@@ -77,14 +87,21 @@ impl AttachedPeer {
         if !va.is_multiple_of(PAGE) || !(self.start..self.end).contains(&va) {
             return Err(Refusal::new(
                 libc::EFAULT,
-                format!("{va:#x} is not a page of the attached {:#x}..{:#x}", self.start, self.end),
+                format!(
+                    "{va:#x} is not a page of the attached {:#x}..{:#x}",
+                    self.start, self.end
+                ),
             ));
         }
         let again = || Refusal::new(libc::EAGAIN, format!("{va:#x} is being changed; ask again"));
-        let sequence = self.space.xpmem().resolve_begin(va, va + PAGE).map_err(|busy| match busy {
-            PeerBusy::Changing => again(),
-            PeerBusy::Released => Refusal::new(libc::ESHUTDOWN, "the application is gone"),
-        })?;
+        let sequence = self
+            .space
+            .xpmem()
+            .resolve_begin(va, va + PAGE)
+            .map_err(|busy| match busy {
+                PeerBusy::Changing => again(),
+                PeerBusy::Released => Refusal::new(libc::ESHUTDOWN, "the application is gone"),
+            })?;
         let (vma, generation) = self.space.mapping_at(va, Access::Read)?;
         let offset = vma.offset_of(va);
         let file = self
@@ -94,7 +111,12 @@ impl AttachedPeer {
                 ino: vma.inode,
             })
             .filter(|file| vma.shared && offset < file.len)
-            .ok_or_else(|| Refusal::new(libc::EFAULT, format!("{va:#x} is not memory that the session has added")))?;
+            .ok_or_else(|| {
+                Refusal::new(
+                    libc::EFAULT,
+                    format!("{va:#x} is not memory that the session has added"),
+                )
+            })?;
         let fd = duplicate(file.fd.as_fd())
             .map_err(|e| Refusal::new(libc::EMFILE, format!("descriptor of the memory: {e}")))?;
         // One page: that is what the sequence was asked about.
@@ -115,6 +137,10 @@ impl AttachedPeer {
         let token = MaySleep::claim("detach of a peer");
         self.space.xpmem().detach(&self.link, &token);
         self.space.lower_must_hop();
-        tracing::info!(session = self.space.id(), pid = self.link.peer().pid, "peer detached");
+        tracing::info!(
+            session = self.space.id(),
+            pid = self.link.peer().pid,
+            "peer detached"
+        );
     }
 }

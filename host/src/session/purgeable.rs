@@ -53,7 +53,9 @@ pub fn offer(space: &Arc<AddressSpace>, start: u64, end: u64, seed: u64) -> Resu
             .ok_or_else(|| {
                 Refusal::new(
                     libc::EINVAL,
-                    format!("{va:#x} is not shared memory known to the session; only such memory can be discarded"),
+                    format!(
+                        "{va:#x} is not shared memory known to the session; only such memory can be discarded"
+                    ),
                 )
             })?;
         let memfd = duplicate(file.fd.as_fd())
@@ -68,7 +70,9 @@ pub fn offer(space: &Arc<AddressSpace>, start: u64, end: u64, seed: u64) -> Resu
     }
     let reclaimer = space.reclaimer_or_init(seed);
     for range in ranges {
-        reclaimer.add(range).map_err(|e| Refusal::new(libc::EINVAL, e.to_string()))?;
+        reclaimer
+            .add(range)
+            .map_err(|e| Refusal::new(libc::EINVAL, e.to_string()))?;
     }
     Ok(())
 }

@@ -17,9 +17,9 @@ use super::memory::DeviceMemory;
 use super::refusal::Refusal;
 use super::space::AddressSpace;
 use super::{SpacePager, packet};
+use crate::fence::Fence;
 use crate::mm::{FillTable, MappedTable, MmCache, ProcMaps};
 use crate::notifier::MaySleep;
-use crate::fence::Fence;
 use crate::subscribers::{DeviceFlush, GruSubscriber, Xpmem};
 use crate::uffd::{Injection, SafetyNet};
 
@@ -106,7 +106,12 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn system(what: &'static str) -> impl Fn(io::Error) -> Refusal {
-    move |error| Refusal::new(error.raw_os_error().unwrap_or(libc::EIO), format!("{what}: {error}"))
+    move |error| {
+        Refusal::new(
+            error.raw_os_error().unwrap_or(libc::EIO),
+            format!("{what}: {error}"),
+        )
+    }
 }
 
 impl Session {
@@ -141,7 +146,10 @@ impl Session {
             .chain()
             .register(GruSubscriber::new(mm.clone(), fills), &token)
             .expect("a new chain has room");
-        space.chain().register(xpmem, &token).expect("a new chain has room");
+        space
+            .chain()
+            .register(xpmem, &token)
+            .expect("a new chain has room");
         let mailbox = Arc::new(Mailbox::new(space.clone()));
         let session = Arc::new(Self {
             id: admission.id,
@@ -201,7 +209,11 @@ impl Session {
     #[must_use]
     pub fn context(&self, number: u32, owner: u64) -> Option<Arc<Context>> {
         let contexts = locked(&self.contexts);
-        contexts.by_number.get(&number).filter(|c| c.owner == owner).map(|c| c.context.clone())
+        contexts
+            .by_number
+            .get(&number)
+            .filter(|c| c.owner == owner)
+            .map(|c| c.context.clone())
     }
 
     /// Takes a context out, for the connection that owns it. It closes when the last user lets go.
@@ -215,8 +227,17 @@ impl Session {
     #[must_use]
     pub fn take_contexts_of(&self, owner: u64) -> Vec<Arc<Context>> {
         let mut contexts = locked(&self.contexts);
-        let mine = contexts.by_number.extract_if(.., |_, c| c.owner == owner);
-        mine.map(|(_, c)| c.context).collect()
+        let numbers: Vec<u32> = contexts
+            .by_number
+            .iter()
+            .filter(|(_, c)| c.owner == owner)
+            .map(|(number, _)| *number)
+            .collect();
+        numbers
+            .iter()
+            .filter_map(|number| contexts.by_number.remove(number))
+            .map(|c| c.context)
+            .collect()
     }
 
     /// Contexts on this address space now.
@@ -235,7 +256,9 @@ impl Session {
         let token = MaySleep::claim("Session::close");
         self.space.end(reason);
         self.take_back(&token);
-        self.notify(&Notice::Closing { reason: reason.into() });
+        self.notify(&Notice::Closing {
+            reason: reason.into(),
+        });
         for id in self.space.take_files() {
             memory.release(id);
         }

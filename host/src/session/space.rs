@@ -165,7 +165,10 @@ impl AddressSpace {
     /// # Panics
     /// When called twice.
     pub fn set_gru(&self, gru: &Arc<driver::gru::Mm>) {
-        assert!(self.gru.set(Arc::downgrade(gru)).is_ok(), "one GRU address space a session");
+        assert!(
+            self.gru.set(Arc::downgrade(gru)).is_ok(),
+            "one GRU address space a session"
+        );
     }
 
     /// Runs `invalidate_range_start` of the chain.
@@ -181,19 +184,20 @@ impl AddressSpace {
         {
             reclaimer.forget(range.start, range.end, token);
         }
-        self.chain.invalidate_range_start(range, Ctx::MaySleep(token)).map_err(|error| match error {
-            StartError::Empty { .. } => libc::EINVAL,
-            StartError::Again { .. } => libc::EAGAIN,
-            StartError::Broken { .. } => {
-                self.stats.starts_failed.fetch_add(1, Ordering::Relaxed);
-                tracing::error!(session = self.id, %error, "the chain could not start");
-                libc::EIO
-            }
-        })
+        self.chain
+            .invalidate_range_start(range, Ctx::MaySleep(token))
+            .map_err(|error| match error {
+                StartError::Empty { .. } => libc::EINVAL,
+                StartError::Again { .. } => libc::EAGAIN,
+                StartError::Broken { .. } => {
+                    self.stats.starts_failed.fetch_add(1, Ordering::Relaxed);
+                    tracing::error!(session = self.id, %error, "the chain could not start");
+                    libc::EIO
+                }
+            })
     }
 
     /// Blocks fills of the whole space and raises the generation, until the guard is dropped.
-    #[must_use]
     pub fn block_fills(&self) -> ChangeGuard {
         self.table.begin_change(0, u64::MAX)
     }
@@ -228,11 +232,18 @@ impl AddressSpace {
         match self.cache.lookup(va, access, &permit) {
             Ok(Lookup::Mapped(vma)) => Ok((vma, permit.generation())),
             Ok(Lookup::Busy) => Err(again()),
-            Ok(Lookup::NotMapped) => Err(Refusal::new(libc::EFAULT, format!("nothing is mapped at {va:#x}"))),
-            Ok(Lookup::Denied(_)) => {
-                Err(Refusal::new(libc::EFAULT, format!("{va:#x} is mapped without that right")))
-            }
-            Err(error) => Err(Refusal::new(libc::ESHUTDOWN, format!("the application's mappings: {error}"))),
+            Ok(Lookup::NotMapped) => Err(Refusal::new(
+                libc::EFAULT,
+                format!("nothing is mapped at {va:#x}"),
+            )),
+            Ok(Lookup::Denied(_)) => Err(Refusal::new(
+                libc::EFAULT,
+                format!("{va:#x} is mapped without that right"),
+            )),
+            Err(error) => Err(Refusal::new(
+                libc::ESHUTDOWN,
+                format!("the application's mappings: {error}"),
+            )),
         }
     }
 
@@ -268,7 +279,9 @@ impl AddressSpace {
 
     /// Takes a [`Self::defer_fault`] back.
     pub fn undefer_fault(&self) {
-        let one = self.deferred.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
+        let one = self
+            .deferred
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
         // 0: a retry has taken it meanwhile, and has lowered the table's word for it.
         if one.is_ok() {
             self.table.header.fault_waiters.fetch_sub(1, Ordering::SeqCst);
@@ -282,7 +295,10 @@ impl AddressSpace {
             return;
         }
         let waiters = self.deferred.swap(0, Ordering::SeqCst);
-        self.table.header.fault_waiters.fetch_sub(waiters, Ordering::SeqCst);
+        self.table
+            .header
+            .fault_waiters
+            .fetch_sub(waiters, Ordering::SeqCst);
         if let Some(gru) = self.gru.get().and_then(Weak::upgrade) {
             gru.retry_deferred();
         }
@@ -324,12 +340,19 @@ impl AddressSpace {
     /// A file that the session knows.
     #[must_use]
     pub fn file(&self, id: FileId) -> Option<Arc<UsedFile>> {
-        self.files.read().unwrap_or_else(|e| e.into_inner()).get(&id).cloned()
+        self.files
+            .read()
+            .unwrap_or_else(|e| e.into_inner())
+            .get(&id)
+            .cloned()
     }
 
     /// Makes a file known (or known with more bytes).
     pub fn put_file(&self, file: UsedFile) {
-        self.files.write().unwrap_or_else(|e| e.into_inner()).insert(file.id, Arc::new(file));
+        self.files
+            .write()
+            .unwrap_or_else(|e| e.into_inner())
+            .insert(file.id, Arc::new(file));
     }
 
     /// A number for a file that is not known yet.

@@ -92,7 +92,10 @@ pub fn of_session(session: &Session) -> Value {
         .map(|s| {
             let mut value = json!(s.nonsleeping);
             value["voluntary_context_switches"] = s.voluntary_context_switches.into();
-            (s.event.map_or_else(|| "invalidate_page".to_owned(), name_of), value)
+            (
+                s.event.map_or_else(|| "invalidate_page".to_owned(), name_of),
+                value,
+            )
         })
         .collect();
     json!({

@@ -78,9 +78,10 @@ impl Message {
     /// The ranges whose cached mappings have to be forgotten. At most two.
     pub fn discards(&self) -> impl Iterator<Item = (u64, u64)> + use<> {
         let pair = match *self {
-            Self::Remap { from, to, len } => {
-                [Some((from, from.saturating_add(len))), Some((to, to.saturating_add(len)))]
-            }
+            Self::Remap { from, to, len } => [
+                Some((from, from.saturating_add(len))),
+                Some((to, to.saturating_add(len))),
+            ],
             Self::Remove { start, end } | Self::Unmap { start, end } => [Some((start, end)), None],
             // An event of an unknown kind can mean anything.
             Self::Other(_) => [Some((0, u64::MAX)), None],
@@ -107,14 +108,23 @@ mod tests {
     fn test_message_when_event_is_known_returns_its_fields() {
         assert_eq!(
             Message::parse(&raw(0x12, [2, 0x7000, 0])),
-            Message::PageFault { flags: 2, address: 0x7000 }
+            Message::PageFault {
+                flags: 2,
+                address: 0x7000
+            }
         );
         assert_eq!(Message::parse(&raw(0x13, [9, 0, 0])), Message::Fork { child: 9 });
         let remap = Message::parse(&raw(0x14, [0x1000, 0x9000, 0x2000]));
-        assert_eq!(remap.discards().collect::<Vec<_>>(), [(0x1000, 0x3000), (0x9000, 0xb000)]);
+        assert_eq!(
+            remap.discards().collect::<Vec<_>>(),
+            [(0x1000, 0x3000), (0x9000, 0xb000)]
+        );
         let unmap = Message::parse(&raw(0x16, [1, 2, 3]));
         assert_eq!(unmap, Message::Unmap { start: 1, end: 2 });
-        assert_eq!(Message::parse(&raw(0x15, [1, 2, 3])), Message::Remove { start: 1, end: 2 });
+        assert_eq!(
+            Message::parse(&raw(0x15, [1, 2, 3])),
+            Message::Remove { start: 1, end: 2 }
+        );
     }
 
     #[test]

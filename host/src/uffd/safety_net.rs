@@ -20,7 +20,10 @@ use crate::session::space::AddressSpace;
 
 /// Time between attempts to answer a fault whose mapping is being changed. Its event usually comes first and
 /// ends the wait.
-const FAULT_RETRY: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+const FAULT_RETRY: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 1_000_000,
+};
 
 /// Faults that can wait for a change to end; more are woken and fault again.
 const MOST_WAITING_FAULTS: usize = 256;
@@ -105,7 +108,8 @@ impl SafetyNet {
                 Ok(_) => {}
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(error) => {
-                    self.space.end(format!("its userfaultfd cannot be polled: {error}"));
+                    self.space
+                        .end(format!("its userfaultfd cannot be polled: {error}"));
                     return;
                 }
             }
@@ -148,21 +152,29 @@ impl SafetyNet {
             match message {
                 Ok(Some(message)) => {
                     let stats = &self.space.stats.safety_net.kinds[kind_of(message)];
-                    stats.ready_to_read.record(u64::try_from(read_after.as_nanos()).unwrap_or(u64::MAX));
+                    stats
+                        .ready_to_read
+                        .record(u64::try_from(read_after.as_nanos()).unwrap_or(u64::MAX));
                     if purged.is_none() {
                         stats.purges_skipped.fetch_add(1, Ordering::Relaxed);
                     }
                     self.handle(message, token);
                 }
                 Ok(None) => {
-                    self.space.stats.safety_net.empty_reads.fetch_add(1, Ordering::Relaxed);
+                    self.space
+                        .stats
+                        .safety_net
+                        .empty_reads
+                        .fetch_add(1, Ordering::Relaxed);
                 }
                 // Without events the translations cannot be kept true. When the application is just gone, its
                 // session ends anyway.
                 Err(ref error) => self.space.end(format!("its userfaultfd cannot be read: {error}")),
             }
             if let Some(started) = purged {
-                self.space.chain().invalidate_range_end(started, Ctx::MaySleep(token));
+                self.space
+                    .chain()
+                    .invalidate_range_end(started, Ctx::MaySleep(token));
             }
             drop(change);
             if !matches!(message, Ok(Some(_))) || !self.pending() {

@@ -44,7 +44,8 @@ impl Memory {
     pub fn new(frames: u32) -> Self {
         let fd = memfd_create("gru-test-memory", MemfdFlags::CLOEXEC).expect("memfd");
         let file = File::from(fd);
-        file.set_len(u64::from(frames) * FRAME).expect("memory for the test");
+        file.set_len(u64::from(frames) * FRAME)
+            .expect("memory for the test");
         Self {
             file,
             frames,

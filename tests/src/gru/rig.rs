@@ -37,11 +37,7 @@ impl Rig {
         backing
             .dma_map(IOVA_BASE, memory.len(), memory.fd(), 0, DmaProt::READ_WRITE)
             .expect("map the test's memory");
-        Self {
-            gru,
-            backing,
-            memory,
-        }
+        Self { gru, backing, memory }
     }
 
     /// A new address space with an empty page table.
