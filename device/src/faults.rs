@@ -144,13 +144,19 @@ impl FromStr for FaultPlan {
     fn from_str(plan: &str) -> Result<Self, PlanError> {
         let mut faults = Self::default();
         for word in words(plan) {
-            let (name, value) = word.split_once('=').map_or((word, None), |(name, value)| (name, Some(value)));
+            let (name, value) = word
+                .split_once('=')
+                .map_or((word, None), |(name, value)| (name, Some(value)));
             let number = |default: u32| match value {
                 None => Ok(default),
-                Some(value) => value.parse().ok().filter(|&n| n > 0).ok_or_else(|| PlanError::Value {
-                    name: name.to_owned(),
-                    value: value.to_owned(),
-                }),
+                Some(value) => value
+                    .parse()
+                    .ok()
+                    .filter(|&n| n > 0)
+                    .ok_or_else(|| PlanError::Value {
+                        name: name.to_owned(),
+                        value: value.to_owned(),
+                    }),
             };
             match name {
                 "dropin-delay" => faults.dropin_delay = Some(number(Self::DROPIN_EVERY)?),
@@ -227,7 +233,10 @@ pub(crate) struct HeldFills<T> {
 
 impl<T> Debug for HeldFills<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("HeldFills").field("pick", &self.pick).field("count", &self.count).finish_non_exhaustive()
+        f.debug_struct("HeldFills")
+            .field("pick", &self.pick)
+            .field("count", &self.count)
+            .finish_non_exhaustive()
     }
 }
 
@@ -252,7 +261,14 @@ impl<T: Copy> HeldFills<T> {
     /// Holds a fill back.
     pub(crate) fn hold(&self, chiplet: usize, ticket: usize, fill: Fill, operands: T) {
         let since = Instant::now();
-        self.lock().push(HeldFill { chiplet, ticket, fill, operands, since, overtaken: None });
+        self.lock().push(HeldFill {
+            chiplet,
+            ticket,
+            fill,
+            operands,
+            since,
+            overtaken: None,
+        });
         self.held.fetch_add(1, Ordering::Relaxed);
         self.count.fetch_add(1, Ordering::SeqCst);
     }
@@ -303,7 +319,9 @@ impl<T: Copy> HeldFills<T> {
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<HeldFill<T>>> {
-        self.fills.lock().expect("no thread dies while it holds the list of held fills")
+        self.fills
+            .lock()
+            .expect("no thread dies while it holds the list of held fills")
     }
 }
 
@@ -325,7 +343,10 @@ pub(crate) struct Parking {
 
 impl Debug for Parking {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Parking").field("pick", &self.pick).field("taken", &self.taken).finish_non_exhaustive()
+        f.debug_struct("Parking")
+            .field("pick", &self.pick)
+            .field("taken", &self.taken)
+            .finish_non_exhaustive()
     }
 }
 
@@ -385,7 +406,10 @@ struct ParkInAccess {
 
 impl ParkInAccess {
     fn meets(&self, what: &Purge) -> bool {
-        let (own, va) = (SpaceId(self.space.load(Ordering::SeqCst)), self.va.load(Ordering::SeqCst));
+        let (own, va) = (
+            SpaceId(self.space.load(Ordering::SeqCst)),
+            self.va.load(Ordering::SeqCst),
+        );
         match *what {
             Purge::Range { space, start, end } => space == own && (end < start || start <= va && va < end),
             Purge::Space(space) => space == own,
@@ -438,7 +462,10 @@ mod tests {
         let broken: BreakPlan = "kill-bit, drain".parse().unwrap();
         assert!(broken.kill_bit && broken.drain);
         let plan: FaultPlan = "dropin-delay=3,drain-delay,seed=7,limit-ms=50".parse().unwrap();
-        assert_eq!((plan.dropin_delay, plan.drain_delay), (Some(3), Some(FaultPlan::DRAIN_EVERY)));
+        assert_eq!(
+            (plan.dropin_delay, plan.drain_delay),
+            (Some(3), Some(FaultPlan::DRAIN_EVERY))
+        );
         assert_eq!((plan.seed, plan.limit), (7, Duration::from_millis(50)));
         assert_eq!("".parse::<FaultPlan>().unwrap(), FaultPlan::default());
         let windows = FaultPlan::default().with_windows_of(broken);
@@ -447,8 +474,20 @@ mod tests {
 
     #[test]
     fn test_plan_when_text_is_wrong_names_the_word() {
-        assert!("drains".parse::<BreakPlan>().unwrap_err().to_string().contains("'drains'"));
-        assert!("dropin-delay=0".parse::<FaultPlan>().unwrap_err().to_string().contains("dropin-delay=0"));
+        assert!(
+            "drains"
+                .parse::<BreakPlan>()
+                .unwrap_err()
+                .to_string()
+                .contains("'drains'")
+        );
+        assert!(
+            "dropin-delay=0"
+                .parse::<FaultPlan>()
+                .unwrap_err()
+                .to_string()
+                .contains("dropin-delay=0")
+        );
     }
 
     #[test]

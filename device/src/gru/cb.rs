@@ -8,8 +8,8 @@ use std::sync::atomic::{Ordering, fence};
 use protos::gru::cbe::{self, ecause, execstatus};
 use protos::gru::{cb, map};
 
-use super::chiplet::{CbrState, Chiplet, Context, Phase, bits};
 use super::cch::physical_cbrs;
+use super::chiplet::{CbrState, Chiplet, Context, Phase, bits};
 use super::engine::Bench;
 use super::hardware::Hardware;
 use super::instructions::{Env, Operation, Step, Stop};
@@ -23,7 +23,7 @@ impl Hardware {
                 continue;
             };
             for (logical, cbr) in physical_cbrs(context).enumerate() {
-                if inside.must_leave() {
+                if inside.must_leave() || self.pausing.load(Ordering::Relaxed) {
                     break;
                 }
                 if self.has_work(chiplet, (number, logical), cbr)
@@ -35,10 +35,26 @@ impl Hardware {
         }
     }
 
+    /// Whether a CB could be stepped by this engine.
+    pub(super) fn cb_waiting(&self, chiplet: &Chiplet) -> bool {
+        bits(u64::from(chiplet.active.load(Ordering::Acquire))).any(|number| {
+            let mut cbrs = physical_cbrs(&chiplet.contexts[number]).enumerate();
+            cbrs.any(|(logical, cbr)| {
+                self.has_work(chiplet, (number, logical), cbr) && chiplet.cbrs[cbr].try_lock().is_some()
+            })
+        })
+    }
+
     fn has_work(&self, chiplet: &Chiplet, (number, logical): (usize, usize), cbr: usize) -> bool {
         match chiplet.cbrs[cbr].phase() {
             Phase::Ready => true,
-            Phase::Idle => self.memory.word(chiplet.cb(number, logical)).load(Ordering::Relaxed) & 1 != 0,
+            Phase::Idle => {
+                self.memory
+                    .word(chiplet.cb(number, logical))
+                    .load(Ordering::Relaxed)
+                    & 1
+                    != 0
+            }
             Phase::MissFmm | Phase::MissUpm => false,
         }
     }
@@ -119,12 +135,17 @@ impl Hardware {
         let at = chiplet.cb(number, logical);
         let accepted = |word| {
             let control = cb::Control::from_bits(word);
-            let taken = control.with_icmd(false).with_istatus(cb::Status::ACTIVE).with_isubstatus(0);
+            let taken = control
+                .with_icmd(false)
+                .with_istatus(cb::Status::ACTIVE)
+                .with_isubstatus(0);
             control.icmd().then_some(taken.into_bits())
         };
         let word = self.memory.word(at + cb::CONTROL);
         // Acquire: the operands were stored before the command.
-        let control = word.fetch_update(Ordering::AcqRel, Ordering::Relaxed, accepted).ok()?;
+        let control = word
+            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, accepted)
+            .ok()?;
         let operand = |offset| self.memory.word(at + offset).load(Ordering::Relaxed);
         Some(Operation::issue(cb::Control::from_bits(control), operand))
     }
@@ -142,7 +163,10 @@ impl Hardware {
         let tag = self.memory.word(chiplet.cb(number, logical) + map::CB_EXT_TAG);
         tag.store(held.tag, Ordering::Relaxed);
         chiplet.cbrs[cbr].set_phase(held, Phase::Idle);
-        let copied = self.memory.word(chiplet.cbe(cbr) + cbe::COPY).load(Ordering::Relaxed);
+        let copied = self
+            .memory
+            .word(chiplet.cbe(cbr) + cbe::COPY)
+            .load(Ordering::Relaxed);
         fence(Ordering::Release);
         self.set_istatus(chiplet, number, logical, status);
         let control = context.control();
@@ -163,12 +187,21 @@ impl Hardware {
     ) {
         let word = self.memory.word(chiplet.cbe(cbr) + cbe::STATE);
         let status = cbe::Status::from_bits(word.load(Ordering::Acquire)).with_cbrstate(cbe::State::IDLE);
-        let status = status.with_ecause(cause).with_cbrexecstatus(execstatus::EXCEPTION);
+        let status = status
+            .with_ecause(cause)
+            .with_cbrexecstatus(execstatus::EXCEPTION);
         word.store(status.into_bits(), Ordering::Release);
         self.counters.exceptions.bump();
         if cause == ecause::OS_FATAL_TLB_FAULT {
             tracing::debug!(chiplet = chiplet.index, cbr, "miss answered with EXCEPTION");
         }
-        self.finish(chiplet, &chiplet.contexts[owner.0], owner, cbr, held, cb::Status::EXCEPTION);
+        self.finish(
+            chiplet,
+            &chiplet.contexts[owner.0],
+            owner,
+            cbr,
+            held,
+            cb::Status::EXCEPTION,
+        );
     }
 }

@@ -61,6 +61,12 @@ impl Hardware {
         finished
     }
 
+    /// Whether a command that had to wait may be finished now.
+    pub(super) fn cch_waiting(&self, chiplet: &Chiplet) -> bool {
+        let waiting = chiplet.pending_cch.load(Ordering::SeqCst);
+        bits(u64::from(waiting)).any(|context| chiplet.contexts[context].is_quiet())
+    }
+
     fn cch_try(
         &self,
         chiplet: &Chiplet,
@@ -168,7 +174,10 @@ impl Hardware {
                 let Some(mut cbrs) = lock_cbrs(chiplet, context) else {
                     return Outcome::NotYet;
                 };
-                if cbrs.iter().any(|(cbr, _)| chiplet.cbrs[*cbr].held.load(Ordering::SeqCst)) {
+                if cbrs
+                    .iter()
+                    .any(|(cbr, _)| chiplet.cbrs[*cbr].held.load(Ordering::SeqCst))
+                {
                     return Outcome::NotYet;
                 }
                 for (cbr, held) in &mut cbrs {
@@ -187,7 +196,10 @@ impl Hardware {
     }
 
     fn allocate(&self, chiplet: &Chiplet, number: usize, command: Control) -> Outcome {
-        let cbr_map = self.memory.word(chiplet.cch(number) + cch::CBR_MAP).load(Ordering::Acquire);
+        let cbr_map = self
+            .memory
+            .word(chiplet.cch(number) + cch::CBR_MAP)
+            .load(Ordering::Acquire);
         let dsr_map = command.dsr_allocation_map();
         if cbr_map == 0 {
             return Outcome::Refused(Cause::NO_CBRS_TO_ALLOCATE);
@@ -209,7 +221,8 @@ impl Hardware {
         context.dsr_map.store(dsr_map, Ordering::Relaxed);
         // Nothing of an earlier owner shows: control blocks, data segment and what belongs to the CBRs.
         for logical in 0..context.cbs() {
-            self.memory.store_bytes(chiplet.cb(number, logical), &[0; map::HANDLE_STRIDE as usize]);
+            self.memory
+                .store_bytes(chiplet.cb(number, logical), &[0; map::HANDLE_STRIDE as usize]);
         }
         for unit in 0..u64::from(dsr_map.count_ones()) {
             let at = chiplet.ds(number) + unit * map::DSR_AU as u64;
@@ -239,10 +252,16 @@ impl Hardware {
         let (context, base) = (&chiplet.contexts[number], chiplet.cch(number));
         context.control.store(command.into_bits(), Ordering::Relaxed);
         for region in 0..cch::REGIONS {
-            let pair = self.memory.word(base + cch::ASID + region as u64 / 2 * 8).load(Ordering::Acquire);
+            let pair = self
+                .memory
+                .word(base + cch::ASID + region as u64 / 2 * 8)
+                .load(Ordering::Acquire);
             let asid = (pair >> (region % 2 * 32)) as u32 & 0xff_ffff;
             context.asid[region].store(asid, Ordering::Relaxed);
-            let four = self.memory.word(base + cch::SIZEAVAIL + region as u64 / 4 * 8).load(Ordering::Acquire);
+            let four = self
+                .memory
+                .word(base + cch::SIZEAVAIL + region as u64 / 4 * 8)
+                .load(Ordering::Acquire);
             let sizes = (four >> (region % 4 * 16)) as u32 & 0xffff;
             context.sizeavail[region].store(sizes, Ordering::Relaxed);
         }
@@ -287,8 +306,12 @@ impl Hardware {
 
     fn clear_cbr_handles(&self, chiplet: &Chiplet, cbr: usize) {
         for word in 0..map::HANDLE_BYTES as u64 / 8 {
-            self.memory.word(chiplet.cbe(cbr) + 8 * word).store(0, Ordering::Release);
-            self.memory.word(chiplet.tfh(cbr) + 8 * word).store(0, Ordering::Release);
+            self.memory
+                .word(chiplet.cbe(cbr) + 8 * word)
+                .store(0, Ordering::Release);
+            self.memory
+                .word(chiplet.tfh(cbr) + 8 * word)
+                .store(0, Ordering::Release);
         }
     }
 }
@@ -304,10 +327,15 @@ pub(super) fn physical_cbrs(context: &Context) -> impl Iterator<Item = usize> + 
 }
 
 fn lock(chiplet: &Chiplet) -> MutexGuard<'_, Configuration> {
-    chiplet.configuration.lock().expect("no thread dies while it configures a context")
+    chiplet
+        .configuration
+        .lock()
+        .expect("no thread dies while it configures a context")
 }
 
 /// Every CBR of the context in logical order, or `None` while an engine holds one.
 fn lock_cbrs<'a>(chiplet: &'a Chiplet, context: &Context) -> Option<Vec<(usize, MutexGuard<'a, CbrState>)>> {
-    physical_cbrs(context).map(|cbr| Some((cbr, chiplet.cbrs[cbr].try_lock()?))).collect()
+    physical_cbrs(context)
+        .map(|cbr| Some((cbr, chiplet.cbrs[cbr].try_lock()?)))
+        .collect()
 }

@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 
 use protos::gru::cch;
 
-use super::chiplet::bits;
 use super::cch::physical_cbrs;
+use super::chiplet::bits;
 use super::hardware::Hardware;
 use crate::atc::AtcStats;
 use crate::faults::FaultStats;
@@ -59,13 +59,21 @@ pub(super) fn stats(hardware: &Hardware) -> GruStats {
         parks: hardware.wake.parks.load(Ordering::Relaxed),
         rings: hardware.wake.rings.load(Ordering::Relaxed),
         resets: hardware.wake.resets(),
-        tlb: hardware.chiplets.iter().map(|chiplet| chiplet.atc.stats()).collect(),
+        tlb: hardware
+            .chiplets
+            .iter()
+            .map(|chiplet| chiplet.atc.stats())
+            .collect(),
         faults,
     }
 }
 
 pub(super) fn dump(hardware: &Hardware) -> Value {
-    let chiplets: Vec<Value> = hardware.chiplets.iter().map(|chiplet| dump_chiplet(hardware, chiplet)).collect();
+    let chiplets: Vec<Value> = hardware
+        .chiplets
+        .iter()
+        .map(|chiplet| dump_chiplet(hardware, chiplet))
+        .collect();
     json!({ "model": "gru", "stats": stats(hardware), "chiplets": chiplets })
 }
 
@@ -101,7 +109,12 @@ fn dump_chiplet(hardware: &Hardware, chiplet: &super::chiplet::Chiplet) -> Value
     let misses: Vec<Value> = (0..chiplet.cbrs.len())
         .filter(|&cbr| chiplet.cbrs[cbr].phase().is_miss())
         .map(|cbr| {
-            let word = |offset| hardware.memory.word(chiplet.tfh(cbr) + offset).load(Ordering::Acquire);
+            let word = |offset| {
+                hardware
+                    .memory
+                    .word(chiplet.tfh(cbr) + offset)
+                    .load(Ordering::Acquire)
+            };
             json!({
                 "cbr": cbr,
                 "phase": format!("{:?}", chiplet.cbrs[cbr].phase()),

@@ -34,7 +34,12 @@ struct Spin {
 impl Spin {
     fn new(limit: Duration) -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { limit, budget: limit, since: None, polite: cpus <= 4 }
+        Self {
+            limit,
+            budget: limit,
+            since: None,
+            polite: cpus <= 4,
+        }
     }
     fn found(&mut self) {
         if self.since.take().is_some() {
@@ -62,10 +67,11 @@ pub(super) fn run(hardware: &Arc<Hardware>, mut bench: Bench) {
     let wake = &hardware.wake;
     let mut spin = Spin::new(hardware.config.spin);
     let mut passes = 0u32;
+    let mut full = true;
     wake.enter();
     while !wake.stopping() {
         passes = passes.wrapping_add(1);
-        if hardware.pass(&mut bench, passes % FULL_LOOK == 0) {
+        if hardware.pass(&mut bench, std::mem::take(&mut full) || passes.is_multiple_of(FULL_LOOK)) {
             spin.found();
             continue;
         }
@@ -73,23 +79,24 @@ pub(super) fn run(hardware: &Arc<Hardware>, mut bench: Bench) {
             continue;
         }
         wake.leave();
-        // Whoever stored before reading the lowered count did not ring.
-        if hardware.pass(&mut bench, true) {
-            wake.enter();
-            spin.found();
-            continue;
+        // Whoever stored before the count was lowered did not ring.
+        if !hardware.work_waits() {
+            wake.sleep(hardware.next_look());
         }
-        wake.sleep(hardware.next_look());
+        full = true;
         wake.enter();
     }
-    wake.leave();
+    wake.pass_on_stop();
 }
 
 impl Hardware {
     /// Looks at everything once and does what it finds. Returns whether there was anything.
     fn pass(&self, bench: &mut Bench, full: bool) -> bool {
         // A reset excludes this. (A poisoned lock would mean that a reset died: its assertion has been reported.)
-        let _working = self.quiesce.read().expect("no thread dies while it resets the device");
+        let _working = self
+            .quiesce
+            .read()
+            .expect("no thread dies while it resets the device");
         let mut worked = self.flush_handles();
         for chiplet in &self.chiplets {
             worked |= self.tfh_scan(chiplet, full);
@@ -110,8 +117,34 @@ impl Hardware {
         worked || steps > 0
     }
 
+    /// Whether there is something that this engine could do: a look that changes nothing. What another engine is
+    /// doing right now does not count; it looks again by itself.
+    fn work_waits(&self) -> bool {
+        let _working = self
+            .quiesce
+            .read()
+            .expect("no thread dies while it resets the device");
+        self.chiplets.iter().any(|chiplet| {
+            self.tgh_waiting(chiplet)
+                || self.tfh_waiting(chiplet)
+                || self.cch_waiting(chiplet)
+                || self.cb_waiting(chiplet)
+        })
+    }
+
+    /// Around what may take long: the calling engine counts as asleep, so that a purge does not wait for it.
+    pub(super) fn while_away<T>(&self, long: impl FnOnce() -> T) -> T {
+        self.wake
+            .hand_over(|| self.chiplets.iter().any(|chiplet| self.tgh_waiting(chiplet)));
+        let result = long();
+        self.wake.enter();
+        result
+    }
+
     fn flush_handles(&self) -> bool {
-        self.chiplets.iter().fold(false, |worked, chiplet| worked | self.tgh_scan(chiplet))
+        self.chiplets
+            .iter()
+            .fold(false, |worked, chiplet| worked | self.tgh_scan(chiplet))
     }
 
     /// How long an engine may sleep: for ever, except while the fault plan holds fills.

@@ -1,6 +1,6 @@
 //! The state that connections and engines share.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
 use protos::gru::{cb, cbe, map};
@@ -31,6 +31,8 @@ pub(super) struct Hardware {
     pub(super) counters: Counters,
     /// Engines hold it for reading while they look and work; a reset takes it for writing.
     pub(super) quiesce: RwLock<()>,
+    /// Engines are to end their look after the step they are at.
+    pub(super) pausing: AtomicBool,
 }
 
 impl Hardware {
@@ -49,7 +51,10 @@ impl Hardware {
     // ---- words of CB and CBE ----
 
     pub(super) fn cbrstate(&self, chiplet: &Chiplet, cbr: usize) -> cbe::State {
-        let word = self.memory.word(chiplet.cbe(cbr) + cbe::STATE).load(Ordering::Acquire);
+        let word = self
+            .memory
+            .word(chiplet.cbe(cbr) + cbe::STATE)
+            .load(Ordering::Acquire);
         cbe::Status::from_bits(word).cbrstate()
     }
 
@@ -62,7 +67,9 @@ impl Hardware {
     /// Changes istatus (and isubstatus to none) of a CB and nothing else; everything before is visible first.
     pub(super) fn set_istatus(&self, chiplet: &Chiplet, context: usize, logical: usize, status: cb::Status) {
         let changed = |word| {
-            let control = cb::Control::from_bits(word).with_istatus(status).with_isubstatus(0);
+            let control = cb::Control::from_bits(word)
+                .with_istatus(status)
+                .with_isubstatus(0);
             Some(control.into_bits())
         };
         let word = self.memory.word(chiplet.cb(context, logical) + cb::CONTROL);
@@ -82,11 +89,19 @@ impl Hardware {
     /// or touched when this returns.
     pub(super) fn reset(&self) {
         self.interrupt_delays(true);
+        self.pausing.store(true, Ordering::SeqCst);
         let quiet = self.quiesce.write().expect("no engine dies while it works");
         for chiplet in &self.chiplets {
-            *chiplet.configuration.lock().expect("no thread dies while it configures a context") =
-                Default::default();
-            for word in [&chiplet.allocated, &chiplet.active, &chiplet.pending_cch, &chiplet.tgh_claims] {
+            *chiplet
+                .configuration
+                .lock()
+                .expect("no thread dies while it configures a context") = Default::default();
+            for word in [
+                &chiplet.allocated,
+                &chiplet.active,
+                &chiplet.pending_cch,
+                &chiplet.tgh_claims,
+            ] {
                 word.store(0, Ordering::SeqCst);
             }
             for word in chiplet.allocated_cbrs.iter().chain(&chiplet.missing) {
@@ -107,6 +122,7 @@ impl Hardware {
             tracing::error!(%error, "device memory could not be cleared: registers keep old values");
         }
         self.wake.count_reset();
+        self.pausing.store(false, Ordering::SeqCst);
         self.interrupt_delays(false);
         drop(quiet);
         self.ring();

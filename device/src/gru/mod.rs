@@ -36,6 +36,7 @@ mod trapped;
 mod wake;
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -181,7 +182,13 @@ impl Gru {
         };
         let on_park = {
             let wake = Arc::clone(&wake);
-            Box::new(move |begins: bool| if begins { wake.engine_parks() } else { wake.enter() })
+            Box::new(move |begins: bool| {
+                if begins {
+                    wake.hand_over(|| true)
+                } else {
+                    wake.enter()
+                }
+            })
         };
         let parking = Parking::new(&plan, on_park);
         let chiplets: Vec<_> = (0..map::CHIPLETS)
@@ -189,7 +196,10 @@ impl Gru {
             .collect();
         if let Some(parking) = &parking {
             for chiplet in &chiplets {
-                chiplet.atc.set_hooks(parking.hooks()).expect("a new ATC has no hooks");
+                chiplet
+                    .atc
+                    .set_hooks(parking.hooks())
+                    .expect("a new ATC has no hooks");
             }
         }
         let hardware = Arc::new(Hardware {
@@ -203,15 +213,24 @@ impl Gru {
             trapped: trapped::Trapped::default(),
             counters: Counters::default(),
             quiesce: RwLock::new(()),
+            pausing: AtomicBool::new(false),
         });
-        let gru = Arc::new(Self { hardware, threads: Mutex::new(Vec::new()) });
+        let gru = Arc::new(Self {
+            hardware,
+            threads: Mutex::new(Vec::new()),
+        });
         for number in 0..config.engines {
             let hardware = Arc::clone(&gru.hardware);
             let bench = Bench {
                 engines: hardware
                     .chiplets
                     .iter()
-                    .map(|chiplet| chiplet.atc.engine().expect("an ATC has a handle for each engine thread"))
+                    .map(|chiplet| {
+                        chiplet
+                            .atc
+                            .engine()
+                            .expect("an ATC has a handle for each engine thread")
+                    })
                     .collect(),
                 bounce: vec![0; instructions::STEP_BYTES as usize].into(),
             };
@@ -237,13 +256,16 @@ impl Gru {
     }
 
     fn threads(&self) -> std::sync::MutexGuard<'_, Vec<JoinHandle<()>>> {
-        self.threads.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.threads
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 
 impl Drop for Gru {
     fn drop(&mut self) {
         self.hardware.interrupt_delays(true);
+        self.hardware.pausing.store(true, Ordering::SeqCst);
         self.hardware.wake.stop();
         for thread in self.threads().drain(..) {
             if thread.join().is_err() {
@@ -313,7 +335,11 @@ impl Model for Gru {
                 self.hardware.read(offset, data);
                 Ok(())
             }
-            pci::BAR_DOORBELL if offset.checked_add(len as u64).is_some_and(|end| end <= pci::BAR_DOORBELL_SIZE) => {
+            pci::BAR_DOORBELL
+                if offset
+                    .checked_add(len as u64)
+                    .is_some_and(|end| end <= pci::BAR_DOORBELL_SIZE) =>
+            {
                 self.hardware.wake.status().load_bytes(offset, data);
                 Ok(())
             }
@@ -328,7 +354,11 @@ impl Model for Gru {
                 self.hardware.write(offset, data);
                 Ok(())
             }
-            pci::BAR_DOORBELL if offset.checked_add(len as u64).is_some_and(|end| end <= pci::BAR_DOORBELL_SIZE) => {
+            pci::BAR_DOORBELL
+                if offset
+                    .checked_add(len as u64)
+                    .is_some_and(|end| end <= pci::BAR_DOORBELL_SIZE) =>
+            {
                 // The doorbell page rings; everything else in the BAR is read-only for software.
                 if offset < pci::DOORBELL_OFFSET + 0x1000 {
                     self.hardware.ring();
@@ -344,7 +374,11 @@ impl Model for Gru {
             return Vec::new();
         }
         match self.hardware.wake.doorbell().try_clone_to_owned() {
-            Ok(fd) => vec![IoEventFd { offset: pci::DOORBELL_OFFSET, size: 8, fd }],
+            Ok(fd) => vec![IoEventFd {
+                offset: pci::DOORBELL_OFFSET,
+                size: 8,
+                fd,
+            }],
             Err(error) => {
                 tracing::warn!(%error, "no ioeventfd for the doorbell");
                 Vec::new()

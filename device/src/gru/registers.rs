@@ -39,7 +39,11 @@ fn words(offset: u64, len: usize) -> impl Iterator<Item = (u64, std::ops::Range<
         let address = offset + at as u64;
         let first = (address % 8) as usize;
         let count = (8 - first).min(len - at);
-        let mask = if count == 8 { u64::MAX } else { ((1u64 << (8 * count)) - 1) << (8 * first) };
+        let mask = if count == 8 {
+            u64::MAX
+        } else {
+            ((1u64 << (8 * count)) - 1) << (8 * first)
+        };
         let range = at..at + count;
         at += count;
         Some((address - first as u64, range, mask, 8 * first as u32))
@@ -93,19 +97,30 @@ impl Hardware {
                 self.store_command(offset, mask, value, go.then_some((status, wanted)));
             }
             Region::TghControl => {
-                if !self.lock_bit_only(offset, mask, value, tgh::Control::new().with_delresp(true).into_bits()) {
+                if !self.lock_bit_only(
+                    offset,
+                    mask,
+                    value,
+                    tgh::Control::new().with_delresp(true).into_bits(),
+                ) {
                     let status = tgh::Control::new().with_status(HandleStatus(3)).into_bits();
                     let wanted = tgh::Control::new().with_status(HandleStatus::ACTIVE).into_bits();
                     self.store_command(offset, mask, value, go.then_some((status, wanted)));
                 }
             }
             Region::CchControl { chiplet, context } => {
-                if !self.lock_bit_only(offset, mask, value, cch::Control::new().with_delresp(true).into_bits()) {
+                if !self.lock_bit_only(
+                    offset,
+                    mask,
+                    value,
+                    cch::Control::new().with_delresp(true).into_bits(),
+                ) {
                     let status = cch::Control::new().with_status(HandleStatus(3)).into_bits();
                     let wanted = cch::Control::new().with_status(HandleStatus::ACTIVE).into_bits();
                     self.store_command(offset, mask, value, go.then_some((status, wanted)));
                     if go {
-                        let control = cch::Control::from_bits(self.memory.word(offset).load(Ordering::Acquire));
+                        let control =
+                            cch::Control::from_bits(self.memory.word(offset).load(Ordering::Acquire));
                         self.cch_command(&self.chiplets[chiplet], context, control);
                     }
                 }
@@ -144,7 +159,11 @@ impl Hardware {
         let number = (offset / map::CHIPLET_SIZE) as usize;
         let within = offset % map::CHIPLET_SIZE;
         if within < map::TFM {
-            return self.decode_gseg(number, (within / map::GSEG_STRIDE) as usize, within % map::GSEG_STRIDE);
+            return self.decode_gseg(
+                number,
+                (within / map::GSEG_STRIDE) as usize,
+                within % map::GSEG_STRIDE,
+            );
         }
         let index = |region: u64| ((within - region) / map::HANDLE_STRIDE) as usize;
         let word = within % map::HANDLE_STRIDE;
@@ -181,7 +200,11 @@ impl Hardware {
         let cbs = context.cbs() as u64 * map::HANDLE_STRIDE;
         match within {
             within if within < map::GSEG_CB + cbs => {
-                if within % map::HANDLE_STRIDE == 0 { Region::CbControl } else { Region::Memory }
+                if within % map::HANDLE_STRIDE == 0 {
+                    Region::CbControl
+                } else {
+                    Region::Memory
+                }
             }
             map::GSEG_DS.. if within - map::GSEG_DS < context.ds_bytes() => Region::Memory,
             _ => Region::Hole,
@@ -191,7 +214,9 @@ impl Hardware {
 
 /// Whether an access lies inside BAR2.
 pub(super) fn inside(offset: u64, len: usize) -> bool {
-    offset.checked_add(len as u64).is_some_and(|end| end <= pci::BAR_CHIPLETS_SIZE)
+    offset
+        .checked_add(len as u64)
+        .is_some_and(|end| end <= pci::BAR_CHIPLETS_SIZE)
 }
 
 #[cfg(test)]

@@ -53,7 +53,10 @@ impl Hardware {
         word(tfh::MISSVADDR).store(fault.va, Ordering::Relaxed);
         word(tfh::ASIDS).store(Asids::new().with_missasid(asid).into_bits(), Ordering::Relaxed);
         word(tfh::FILLTAG).store(0, Ordering::Relaxed);
-        let copied = self.memory.word(chiplet.cbe(cbr) + cbe::COPY).load(Ordering::Relaxed);
+        let copied = self
+            .memory
+            .word(chiplet.cbe(cbr) + cbe::COPY)
+            .load(Ordering::Relaxed);
         let cb_int = cbe::Copied::from_bits(copied).ima() & cb::ima::INTERRUPT != 0;
         let report = Control::new()
             .with_status(HandleStatus::EXCEPTION)
@@ -75,7 +78,11 @@ impl Hardware {
 
     /// Executes TFH commands: of CBRs with a miss, or (`all`) of every allocated CBR. Returns whether there was one.
     pub(super) fn tfh_scan(&self, chiplet: &Chiplet, all: bool) -> bool {
-        let maps = if all { &chiplet.allocated_cbrs } else { &chiplet.missing };
+        let maps = if all {
+            &chiplet.allocated_cbrs
+        } else {
+            &chiplet.missing
+        };
         let mut worked = false;
         for (half, map) in maps.iter().enumerate() {
             for bit in bits(map.load(Ordering::Acquire)) {
@@ -88,8 +95,20 @@ impl Hardware {
         worked
     }
 
+    /// Whether a TFH waits for an engine and is free.
+    pub(super) fn tfh_waiting(&self, chiplet: &Chiplet) -> bool {
+        chiplet.allocated_cbrs.iter().enumerate().any(|(half, map)| {
+            bits(map.load(Ordering::Acquire))
+                .map(|bit| half * 64 + bit)
+                .any(|cbr| self.tfh_commanded(chiplet, cbr) && chiplet.cbrs[cbr].try_lock().is_some())
+        })
+    }
+
     fn tfh_commanded(&self, chiplet: &Chiplet, cbr: usize) -> bool {
-        let control = self.memory.word(chiplet.tfh(cbr) + tfh::CONTROL).load(Ordering::Relaxed);
+        let control = self
+            .memory
+            .word(chiplet.tfh(cbr) + tfh::CONTROL)
+            .load(Ordering::Relaxed);
         control & 1 != 0 && !chiplet.cbrs[cbr].held.load(Ordering::Relaxed)
     }
 
@@ -99,7 +118,11 @@ impl Hardware {
         let Some(mut held) = resource.try_lock() else {
             return false;
         };
-        let control = Control::from_bits(self.memory.word(chiplet.tfh(cbr) + tfh::CONTROL).load(Ordering::Acquire));
+        let control = Control::from_bits(
+            self.memory
+                .word(chiplet.tfh(cbr) + tfh::CONTROL)
+                .load(Ordering::Acquire),
+        );
         if !control.cmd() || resource.held.load(Ordering::Relaxed) {
             return false;
         }
@@ -160,9 +183,14 @@ impl Hardware {
             Err(Refusal::Wrong { cause, ecause }) => {
                 self.end_miss(chiplet, owner, cbr, held, Phase::Idle);
                 let (status, state) = (HandleStatus::EXCEPTION, State::HW_ERR);
-                let control = Control::new().with_status(status).with_state(state).with_cause(cause);
+                let control = Control::new()
+                    .with_status(status)
+                    .with_state(state)
+                    .with_cause(cause);
                 let control = control.with_ctxnum(owner.0 as u8);
-                self.memory.word(chiplet.tfh(cbr)).store(control.into_bits(), Ordering::Release);
+                self.memory
+                    .word(chiplet.tfh(cbr))
+                    .store(control.into_bits(), Ordering::Release);
                 self.exception(chiplet, owner, cbr, held, ecause);
             }
         }
@@ -193,7 +221,9 @@ impl Hardware {
         chiplet.cbrs[cbr].set_phase(held, next);
         if before == Phase::MissFmm {
             // Last: a waiting INTERRUPT may complete from here on.
-            chiplet.contexts[owner.0].fault_map_misses.fetch_sub(1, Ordering::SeqCst);
+            chiplet.contexts[owner.0]
+                .fault_map_misses
+                .fetch_sub(1, Ordering::SeqCst);
         }
     }
 
@@ -208,7 +238,11 @@ impl Hardware {
     }
 
     fn operands(&self, chiplet: &Chiplet, cbr: usize) -> Operands {
-        let word = |offset| self.memory.word(chiplet.tfh(cbr) + offset).load(Ordering::Relaxed);
+        let word = |offset| {
+            self.memory
+                .word(chiplet.tfh(cbr) + offset)
+                .load(Ordering::Relaxed)
+        };
         Operands {
             asids: Asids::from_bits(word(tfh::ASIDS)),
             target: Target::from_bits(word(tfh::TARGET)),
@@ -218,9 +252,16 @@ impl Hardware {
     }
 
     /// Checks the operands and enters the translation.
-    fn enter(&self, chiplet: &Chiplet, context: usize, cbr: usize, operands: &Operands) -> Result<(), Refusal> {
+    fn enter(
+        &self,
+        chiplet: &Chiplet,
+        context: usize,
+        cbr: usize,
+        operands: &Operands,
+    ) -> Result<(), Refusal> {
         let fill = operands.fill(chiplet, context, self.config.check_sizeavail)?;
-        let result = chiplet.atc.fill(cbr, fill);
+        // Populates pages and may wait for the IOVA map.
+        let result = self.while_away(|| chiplet.atc.fill(cbr, fill));
         match result {
             Ok(()) => {
                 self.counters.fills.bump();
@@ -257,15 +298,24 @@ impl Hardware {
 
     /// Fault plan: executes the fills whose time has come. Returns whether there was one.
     pub(super) fn release_held_fills(&self) -> bool {
-        let progress = |chiplet: usize, cbr, fill: &Fill| self.chiplets[chiplet].atc.purge_progress(cbr, fill);
+        let progress =
+            |chiplet: usize, cbr, fill: &Fill| self.chiplets[chiplet].atc.purge_progress(cbr, fill);
         let due = self.held_fills.due(progress);
         for (chiplet, cbr, operands) in &due {
             let (chiplet, cbr) = (&self.chiplets[*chiplet], *cbr);
             // Others only try this lock, for a moment: the CBR waits for its fill, so nobody runs it.
-            let mut held = chiplet.cbrs[cbr].state.lock().expect("an engine died inside an instruction");
+            let mut held = chiplet.cbrs[cbr]
+                .state
+                .lock()
+                .expect("an engine died inside an instruction");
             // DEALLOCATE has waited for this.
-            let owner = self.owner(chiplet, cbr).expect("a CBR whose fill is held stays allocated");
-            assert!(chiplet.cbrs[cbr].phase().is_miss(), "the miss of a held fill stays open");
+            let owner = self
+                .owner(chiplet, cbr)
+                .expect("a CBR whose fill is held stays allocated");
+            assert!(
+                chiplet.cbrs[cbr].phase().is_miss(),
+                "the miss of a held fill stays open"
+            );
             chiplet.cbrs[cbr].held.store(false, Ordering::SeqCst);
             self.write_restart(chiplet, owner, cbr, &mut held, operands);
         }
@@ -298,9 +348,12 @@ impl Operands {
             });
         }
         let code = self.target.pagesize();
-        let available = chiplet.contexts[context].sizeavail[cch::region_of(self.fillvaddr)].load(Ordering::Relaxed);
+        let available =
+            chiplet.contexts[context].sizeavail[cch::region_of(self.fillvaddr)].load(Ordering::Relaxed);
         let listed = !check_sizeavail || u32::from(code) < 16 && available >> code & 1 != 0;
-        let size = page_size::shift_of_code(code).and_then(PageSize::new).filter(|_| listed);
+        let size = page_size::shift_of_code(code)
+            .and_then(PageSize::new)
+            .filter(|_| listed);
         let Some(size) = size else {
             return Err(Refusal::Wrong {
                 cause: Cause::HW_ERROR_PAGESIZE,

@@ -64,6 +64,18 @@ impl Hardware {
         worked
     }
 
+    /// Whether a TGH waits for an engine.
+    pub(super) fn tgh_waiting(&self, chiplet: &Chiplet) -> bool {
+        let commanded = |handle| {
+            self.memory
+                .word(chiplet.tgh(handle) + tgh::CONTROL)
+                .load(Ordering::Relaxed)
+                & 1
+                != 0
+        };
+        (0..map::TGHS).any(commanded)
+    }
+
     fn tgh_claim(&self, chiplet: &Chiplet, handle: usize) -> bool {
         let bit = 1u32 << handle;
         if chiplet.tgh_claims.fetch_or(bit, Ordering::Acquire) & bit != 0 {
@@ -95,7 +107,10 @@ impl Hardware {
                     end: range.end,
                 },
             };
-            word.fetch_or(Control::new().with_state(State::WAITDONE).into_bits(), Ordering::Relaxed);
+            word.fetch_or(
+                Control::new().with_state(State::WAITDONE).into_bits(),
+                Ordering::Relaxed,
+            );
             let report = chiplet.atc.purge(purge);
             self.counters.tgh_purges.bump();
             tracing::trace!(chiplet = chiplet.index, handle, ?scoped, ?report, "TLBINV");
@@ -120,7 +135,10 @@ mod tests {
         let scope = Scope::new().with_asid(9);
         assert_eq!(decode(0x1234, scope, count(1)), Scoped::Range(9, 0x1000..0x3000));
         let huge = scope.with_pagesize(5);
-        assert_eq!(decode(0x20_0000, huge, count(0)), Scoped::Range(9, 0x20_0000..0x40_0000));
+        assert_eq!(
+            decode(0x20_0000, huge, count(0)),
+            Scoped::Range(9, 0x20_0000..0x40_0000)
+        );
         let top = decode(u64::MAX - 4095, scope, count(9));
         assert_eq!(top, Scoped::Range(9, u64::MAX - 4095..u64::MAX));
     }
@@ -129,8 +147,16 @@ mod tests {
     fn test_decode_when_n_is_1023_purges_the_whole_asid() {
         let scope = Scope::new().with_asid(9);
         assert_eq!(decode(0x5000, scope, count(1023)), Scoped::Asid(9));
-        assert_eq!(decode(0x5000, scope, Count::new().with_n(3)), Scoped::Asid(9), "mask");
-        assert_eq!(decode(0x5000, scope.with_pagesize(31), count(3)), Scoped::Asid(9), "size");
+        assert_eq!(
+            decode(0x5000, scope, Count::new().with_n(3)),
+            Scoped::Asid(9),
+            "mask"
+        );
+        assert_eq!(
+            decode(0x5000, scope.with_pagesize(31), count(3)),
+            Scoped::Asid(9),
+            "size"
+        );
         assert_eq!(decode(0, scope.with_global(true), count(0)), Scoped::All);
     }
 }

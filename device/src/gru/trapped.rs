@@ -30,7 +30,9 @@ impl Trapped {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, u64>> {
-        self.words.lock().expect("no thread dies while it remembers a word")
+        self.words
+            .lock()
+            .expect("no thread dies while it remembers a word")
     }
 }
 

@@ -42,7 +42,10 @@ impl Operation {
             ExplicitOp::AND => Change::And(op1),
             ExplicitOp::XOR => Change::Xor(op1),
             ExplicitOp::ADD => Change::Add(op1),
-            ExplicitOp::CSWAP => Change::CompareSwap { new: op1, expected: op2 },
+            ExplicitOp::CSWAP => Change::CompareSwap {
+                new: op1,
+                expected: op2,
+            },
             _ => return Err(Stop::INVALID),
         };
         self.atomic(env, change)
@@ -50,7 +53,7 @@ impl Operation {
 
     fn word_bytes(&self) -> Result<u64, Stop> {
         match self.element_bytes()? {
-            bytes @ (4 | 8) if self.baddr0 % bytes == 0 => Ok(bytes),
+            bytes @ (4 | 8) if self.baddr0.is_multiple_of(bytes) => Ok(bytes),
             _ => Err(Stop::INVALID),
         }
     }
@@ -68,14 +71,20 @@ impl Operation {
     fn atomic(&mut self, env: &mut Env<'_>, change: Change) -> Result<Step, Stop> {
         let bytes = self.word_bytes()?;
         let guard = env.access(self.baddr0, bytes, Access::Write)?;
-        let old = if bytes == 8 { change64(&guard, change) } else { change32(&guard, change) };
+        let old = if bytes == 8 {
+            change64(&guard, change)
+        } else {
+            change32(&guard, change)
+        };
         self.left = 0;
         Ok(Step::Done(Some(old)))
     }
 }
 
 fn change64(guard: &Guard<'_>, change: Change) -> u64 {
-    let word = guard.atomic64().expect("a naturally aligned word is inside one page");
+    let word = guard
+        .atomic64()
+        .expect("a naturally aligned word is inside one page");
     match change {
         Change::Swap(value) => word.swap(value, Ordering::AcqRel),
         Change::Add(value) => word.fetch_add(value, Ordering::AcqRel),
@@ -89,7 +98,9 @@ fn change64(guard: &Guard<'_>, change: Change) -> u64 {
 }
 
 fn change32(guard: &Guard<'_>, change: Change) -> u64 {
-    let word = guard.atomic32().expect("a naturally aligned word is inside one page");
+    let word = guard
+        .atomic32()
+        .expect("a naturally aligned word is inside one page");
     // The low half of an operand counts.
     u64::from(match change {
         Change::Swap(value) => word.swap(value as u32, Ordering::AcqRel),

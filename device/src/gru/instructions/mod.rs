@@ -117,7 +117,9 @@ impl Operation {
 
     /// Into a CBE. DW7 also carries what has become of the instruction.
     pub(super) fn save(&self, status: cbe::Status, store: impl Fn(u64, u64)) {
-        let idef4 = cbe::Idef4::new().with_copied(self.idef4).with_updated(self.idef4_now);
+        let idef4 = cbe::Idef4::new()
+            .with_copied(self.idef4)
+            .with_updated(self.idef4_now);
         store(cbe::COPY, self.issued.into_bits());
         store(cbe::IDEF4, idef4.into_bits());
         store(cbe::IDEF1UPD, self.baddr0);
@@ -137,7 +139,11 @@ impl Operation {
         if self.issued.ima() & cb::ima::UNMAPPED != 0 {
             // A context that may run unmapped is refused as well: unmapped mode is not implemented.
             let allowed = env.context.control().unmap_enable();
-            let why = if allowed { ecause::EXECUTION_HW_ERROR } else { ecause::UNMAPPED_MODE_FORBIDDEN };
+            let why = if allowed {
+                ecause::EXECUTION_HW_ERROR
+            } else {
+                ecause::UNMAPPED_MODE_FORBIDDEN
+            };
             return Err(Stop::Exception(why));
         }
         let two_addresses = opc == Opc::BCOPY;
@@ -163,7 +169,11 @@ impl Operation {
     fn check_segment(&self, env: &Env<'_>, offset: u32, element: u64) -> Result<(), Stop> {
         let bytes = self.left.checked_mul(element).ok_or(Stop::SEGMENT)?;
         let end = bytes.checked_add(u64::from(offset)).ok_or(Stop::SEGMENT)?;
-        if end > env.ds_bytes { Err(Stop::SEGMENT) } else { Ok(()) }
+        if end > env.ds_bytes {
+            Err(Stop::SEGMENT)
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -243,12 +253,16 @@ impl Env<'_> {
 
     /// Memory to the bounce buffer's beginning.
     fn load(&mut self, va: u64, len: u64, element: u64) -> Result<usize, Stop> {
-        self.pieces((va, 0), len, element, Access::Read, |guard, piece, _| guard.read_into(piece))
+        self.pieces((va, 0), len, element, Access::Read, |guard, piece, _| {
+            guard.read_into(piece)
+        })
     }
 
     /// The bounce buffer from `at` to memory.
     fn store(&mut self, va: u64, at: usize, len: u64, element: u64) -> Result<usize, Stop> {
-        self.pieces((va, at), len, element, Access::Write, |guard, piece, _| guard.write_from(piece))
+        self.pieces((va, at), len, element, Access::Write, |guard, piece, _| {
+            guard.write_from(piece)
+        })
     }
 
     /// Memory to the data segment at BAR2 offset `ds`.

@@ -14,7 +14,11 @@ impl Operation {
         if self.issued.opc() != Opc::VSET {
             self.check_segment(env, self.tri0, element)?;
         }
-        if self.idef6 == 1 { self.contiguous(env, element) } else { self.strided(env, element) }
+        if self.idef6 == 1 {
+            self.contiguous(env, element)
+        } else {
+            self.strided(env, element)
+        }
     }
 
     /// Stride 1: one copy for each guard.
@@ -62,7 +66,8 @@ impl Operation {
         };
         for _ in 0..self.left.min(STEP_ELEMENTS) {
             let mut index = [0; INDEX_BYTES as usize];
-            env.memory.load_bytes(env.ds + u64::from(self.idef4_now), &mut index);
+            env.memory
+                .load_bytes(env.ds + u64::from(self.idef4_now), &mut index);
             let offset = u64::from_le_bytes(index).wrapping_mul(unit);
             self.transfer(env, self.baddr0.wrapping_add(offset), element, element)?;
             self.idef4_now += INDEX_BYTES as u32;
@@ -93,7 +98,11 @@ impl Operation {
     }
 
     pub(super) fn more_or_done(&self) -> Step {
-        if self.left == 0 { Step::Done(None) } else { Step::More }
+        if self.left == 0 {
+            Step::Done(None)
+        } else {
+            Step::More
+        }
     }
 }
 
