@@ -51,14 +51,21 @@ impl ConfigSpace {
             | reg::COMMAND_INTX_DISABLE;
         space.set16(reg::COMMAND, 0, command);
         space.set16(reg::STATUS, reg::STATUS_CAP_LIST, 0);
-        space.set32(reg::REVISION_ID, u32::from(identity.revision) | identity.class << 8, 0);
+        space.set32(
+            reg::REVISION_ID,
+            u32::from(identity.revision) | identity.class << 8,
+            0,
+        );
         space.set8(reg::CACHE_LINE_SIZE, 0, 0xff);
         for (index, bar) in bars.iter().enumerate() {
             let Some(bar) = bar else { continue };
             let register = reg::BASE_ADDRESS_0 + 4 * index;
             space.set32(register, bar.type_bits(), bar.address_mask() as u32);
             if bar.is_64bit() {
-                assert!(index + 1 < BARS, "BAR{index} is 64-bit and has no second register");
+                assert!(
+                    index + 1 < BARS,
+                    "BAR{index} is 64-bit and has no second register"
+                );
                 space.set32(register + 4, 0, (bar.address_mask() >> 32) as u32);
             }
         }
@@ -79,14 +86,22 @@ impl ConfigSpace {
     fn add_pm(&mut self) {
         self.set16(PM, u16::from(cap::ID_PM) | (EXPRESS as u16) << 8, 0);
         self.set16(PM + cap::PM_PMC, cap::PM_PMC_VERSION_1_2, 0);
-        self.set16(PM + cap::PM_CTRL, cap::PM_CTRL_NO_SOFT_RESET, cap::PM_CTRL_STATE_MASK);
+        self.set16(
+            PM + cap::PM_CTRL,
+            cap::PM_CTRL_NO_SOFT_RESET,
+            cap::PM_CTRL_STATE_MASK,
+        );
     }
 
     fn add_express(&mut self, more: bool) {
         let next = if more { MSIX as u16 } else { 0 };
         self.set16(EXPRESS, u16::from(cap::ID_EXPRESS) | next << 8, 0);
         self.set16(EXPRESS + cap::EXPRESS_FLAGS, cap::EXPRESS_FLAGS_VERSION_2, 0);
-        self.set32(EXPRESS + cap::EXPRESS_DEVCAP, cap::EXPRESS_DEVCAP_RBER | cap::EXPRESS_DEVCAP_FLR, 0);
+        self.set32(
+            EXPRESS + cap::EXPRESS_DEVCAP,
+            cap::EXPRESS_DEVCAP_RBER | cap::EXPRESS_DEVCAP_FLR,
+            0,
+        );
         self.set16(EXPRESS + cap::EXPRESS_DEVCTL, 0, !cap::EXPRESS_DEVCTL_FLR);
         // 2.5 GT/s, one lane: what every port can train to.
         self.set32(EXPRESS + cap::EXPRESS_LNKCAP, 1 | 1 << 4, 0);
@@ -97,7 +112,11 @@ impl ConfigSpace {
 
     fn add_msix(&mut self, spec: MsixSpec) {
         self.set16(MSIX, u16::from(cap::ID_MSIX), 0);
-        self.set16(MSIX + msix::CTRL, spec.vectors - 1, msix::CTRL_ENABLE | msix::CTRL_FUNCTION_MASK);
+        self.set16(
+            MSIX + msix::CTRL,
+            spec.vectors - 1,
+            msix::CTRL_ENABLE | msix::CTRL_FUNCTION_MASK,
+        );
         self.set32(MSIX + msix::TABLE, spec.table_offset as u32 | spec.bar as u32, 0);
         self.set32(MSIX + msix::PBA, spec.pba_offset as u32 | spec.bar as u32, 0);
     }
@@ -187,7 +206,12 @@ mod tests {
         class: 0x12_00_00,
         revision: 3,
     };
-    const MSIX_SPEC: MsixSpec = MsixSpec { vectors: 32, bar: 0, table_offset: 0x8000, pba_offset: 0x9000 };
+    const MSIX_SPEC: MsixSpec = MsixSpec {
+        vectors: 32,
+        bar: 0,
+        table_offset: 0x8000,
+        pba_offset: 0x9000,
+    };
 
     fn space() -> ConfigSpace {
         let mut bars = [None; BARS];
@@ -222,9 +246,11 @@ mod tests {
     #[test]
     fn test_bars_when_sized_give_their_masks_and_keep_addresses() {
         let mut space = space();
-        for (at, low, high) in
-            [(0x10, 0xffff_0004, 0xffff_ffff), (0x18, 0xf000_000c, 0xffff_ffff), (0x20, 0xffff_f000, 0)]
-        {
+        for (at, low, high) in [
+            (0x10, 0xffff_0004, 0xffff_ffff),
+            (0x18, 0xf000_000c, 0xffff_ffff),
+            (0x20, 0xffff_f000, 0),
+        ] {
             write32(&mut space, at, u32::MAX);
             write32(&mut space, at + 4, u32::MAX);
             assert_eq!((read32(&space, at), read32(&space, at + 4)), (low, high));
@@ -246,7 +272,10 @@ mod tests {
         }
         assert_eq!(found, [cap::ID_PM, cap::ID_EXPRESS, cap::ID_MSIX]);
         assert_eq!(read32(&space, MSIX) >> 16, 31);
-        assert_eq!((read32(&space, MSIX + 4), read32(&space, MSIX + 8)), (0x8000, 0x9000));
+        assert_eq!(
+            (read32(&space, MSIX + 4), read32(&space, MSIX + 8)),
+            (0x8000, 0x9000)
+        );
     }
 
     #[test]

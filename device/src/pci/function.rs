@@ -31,7 +31,9 @@ pub enum ComposeError {
         source: BarError,
     },
     /// A mappable area that is not page aligned, not inside its BAR, or not after the one before.
-    #[error("BAR{bar}: mappable area {offset:#x}+{size:#x} is unaligned, empty, out of order or outside the BAR")]
+    #[error(
+        "BAR{bar}: mappable area {offset:#x}+{size:#x} is unaligned, empty, out of order or outside the BAR"
+    )]
     Area {
         /// BAR number.
         bar: usize,
@@ -119,29 +121,40 @@ impl Function {
     ///
     /// # Errors
     /// [`ComposeError`]: the model's error, or BARs and MSI-X that contradict each other.
-    pub fn new<E>(build: impl FnOnce(ModelContext) -> Result<Arc<dyn Model>, E>) -> Result<Arc<Self>, ComposeError>
+    pub fn new<E>(
+        build: impl FnOnce(ModelContext) -> Result<Arc<dyn Model>, E>,
+    ) -> Result<Arc<Self>, ComposeError>
     where
         E: Into<Box<dyn Error + Send + Sync>>,
     {
         let dma = dma::Space::new();
         dma.set_bus_master(false);
         let interrupts = Arc::new(Interrupts::default());
-        let context = ModelContext { dma: Arc::clone(&dma), interrupts: Arc::clone(&interrupts) };
+        let context = ModelContext {
+            dma: Arc::clone(&dma),
+            interrupts: Arc::clone(&interrupts),
+        };
         let model = build(context).map_err(|error| ComposeError::Build(error.into()))?;
 
         let mut encoded = [None; BARS];
         let mut bars = [const { None }; BARS];
         let mut taken = [false; BARS];
         for spec in model.bars() {
-            let BarSpec { index, size, is_64bit, prefetchable, mmap } = spec;
+            let BarSpec {
+                index,
+                size,
+                is_64bit,
+                prefetchable,
+                mmap,
+            } = spec;
             for number in index..=index + usize::from(is_64bit) {
                 match taken.get_mut(number) {
                     Some(taken) if !*taken => *taken = true,
                     _ => return Err(ComposeError::BarNumber(number)),
                 }
             }
-            let bar =
-                Bar::new(size, is_64bit, prefetchable).map_err(|source| ComposeError::Bar { bar: index, source })?;
+            let bar = Bar::new(size, is_64bit, prefetchable)
+                .map_err(|source| ComposeError::Bar { bar: index, source })?;
             check_areas(index, size, mmap.as_ref())?;
             encoded[index] = Some(bar);
             bars[index] = Some(FunctionBar { size, mmap });
@@ -152,7 +165,15 @@ impl Function {
         }
         interrupts.set_vectors(msix.map_or(1, |spec| spec.vectors), msix.is_none());
         let config = Mutex::new(ConfigSpace::new(&model.identity(), &encoded, msix));
-        Ok(Arc::new(Self { model, dma, interrupts, bars, msix, config, memory_enabled: AtomicBool::new(false) }))
+        Ok(Arc::new(Self {
+            model,
+            dma,
+            interrupts,
+            bars,
+            msix,
+            config,
+            memory_enabled: AtomicBool::new(false),
+        }))
     }
 
     /// The client's memory.
@@ -222,7 +243,12 @@ impl Function {
         }
         match offset.checked_add(len as u64) {
             Some(end) if end <= size => Ok(()),
-            _ => Err(RegionError::OutOfBounds { region: region.0, offset, len, size }),
+            _ => Err(RegionError::OutOfBounds {
+                region: region.0,
+                offset,
+                len,
+                size,
+            }),
         }
     }
 
@@ -302,11 +328,16 @@ impl Function {
         let end = offset + len as u64;
         let mut at = offset;
         while at < end {
-            let inside = [(Owner::Table, &table), (Owner::Pba, &pba)].into_iter().find(|(_, range)| range.contains(&at));
+            let inside = [(Owner::Table, &table), (Owner::Pba, &pba)]
+                .into_iter()
+                .find(|(_, range)| range.contains(&at));
             let (owner, base, stop) = match inside {
                 Some((owner, range)) => (owner, range.start, range.end),
                 None => {
-                    let next = [table.start, pba.start].into_iter().filter(|start| *start > at).min();
+                    let next = [table.start, pba.start]
+                        .into_iter()
+                        .filter(|start| *start > at)
+                        .min();
                     (Owner::Model, 0, next.unwrap_or(end))
                 }
             };
@@ -335,7 +366,8 @@ impl Function {
 
     /// Let a change of config space take effect.
     fn apply(&self, config: &ConfigSpace, before: (bool, bool)) {
-        self.memory_enabled.store(config.memory_enabled(), Ordering::Release);
+        self.memory_enabled
+            .store(config.memory_enabled(), Ordering::Release);
         if config.bus_master() != before.0 {
             self.dma.set_bus_master(config.bus_master());
         }
@@ -391,11 +423,17 @@ fn check_msix(spec: MsixSpec, bars: &[Option<FunctionBar>; BARS]) -> Result<(), 
     if spec.vectors == 0 || spec.vectors > msix::MAX_VECTORS {
         return fail("1 to 2048 vectors are possible");
     }
-    let Some(Some(bar)) = bars.get(spec.bar) else { return fail("its BAR does not exist") };
-    if spec.table_offset % 8 != 0 || spec.pba_offset % 8 != 0 {
+    let Some(Some(bar)) = bars.get(spec.bar) else {
+        return fail("its BAR does not exist");
+    };
+    if !spec.table_offset.is_multiple_of(8) || !spec.pba_offset.is_multiple_of(8) {
         return fail("table and pending-bit array have to be 8-byte aligned");
     }
-    let end = |offset: u64, size| offset.checked_add(size).filter(|end| *end <= bar.size.min(u32::MAX.into()));
+    let end = |offset: u64, size| {
+        offset
+            .checked_add(size)
+            .filter(|end| *end <= bar.size.min(u32::MAX.into()))
+    };
     let (Some(table_end), Some(pba_end)) = (
         end(spec.table_offset, msix::table_size(spec.vectors)),
         end(spec.pba_offset, msix::pba_size(spec.vectors)),
@@ -407,7 +445,9 @@ fn check_msix(spec: MsixSpec, bars: &[Option<FunctionBar>; BARS]) -> Result<(), 
     }
     let mapped = |start: u64, end: u64| {
         let areas = bar.mmap.as_ref().map_or(&[][..], |mmap| &mmap.areas);
-        areas.iter().any(|&(offset, size)| offset < end && start < offset + size)
+        areas
+            .iter()
+            .any(|&(offset, size)| offset < end && start < offset + size)
     };
     if mapped(spec.table_offset, table_end) || mapped(spec.pba_offset, pba_end) {
         return fail("table and pending-bit array cannot be mappable");

@@ -69,7 +69,11 @@ impl Vector {
 
     fn reset_entry(&mut self) {
         // PCI 3.0 6.8.2.9: masked after reset; but see the module's head: a routed vector is enabled.
-        let mask = if self.eventfd.is_none() { msix::VECTOR_CTRL_MASK } else { 0 };
+        let mask = if self.eventfd.is_none() {
+            msix::VECTOR_CTRL_MASK
+        } else {
+            0
+        };
         self.entry = [0, 0, 0, mask];
     }
 }
@@ -81,7 +85,15 @@ impl Vector {
 /// so the room is checked first. Losing the write is right then: the reader will wake up anyhow.
 fn signal(fd: &OwnedFd) {
     let mut fds = [PollFd::new(fd, PollFlags::OUT)];
-    if poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) == Ok(1) && fds[0].revents().contains(PollFlags::OUT) {
+    if poll(
+        &mut fds,
+        Some(&Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        }),
+    ) == Ok(1)
+        && fds[0].revents().contains(PollFlags::OUT)
+    {
         let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
     }
 }
@@ -103,9 +115,18 @@ impl Interrupts {
     /// # Panics
     /// With more than 2048, or when called twice.
     pub(crate) fn set_vectors(&self, vectors: u16, automask: bool) {
-        assert!(vectors <= msix::MAX_VECTORS, "{vectors} interrupt vectors; MSI-X has at most 2048");
+        assert!(
+            vectors <= msix::MAX_VECTORS,
+            "{vectors} interrupt vectors; MSI-X has at most 2048"
+        );
         let make = || {
-            Mutex::new(Vector { eventfd: None, entry: [0, 0, 0, !automask as u32], masked: false, automask, pending: false })
+            Mutex::new(Vector {
+                eventfd: None,
+                entry: [0, 0, 0, !automask as u32],
+                masked: false,
+                automask,
+                pending: false,
+            })
         };
         let made = self.vectors.set((0..vectors).map(|_| make()).collect());
         assert!(made.is_ok(), "the number of interrupt vectors is fixed once");
@@ -167,7 +188,9 @@ impl Interrupts {
     /// sent), or to nothing. When this returns the eventfd of before is not written any more. False when
     /// there is no such vector.
     pub fn set_eventfd(&self, vector: u32, eventfd: Option<OwnedFd>) -> bool {
-        let Some(mut vector) = self.lock(vector) else { return false };
+        let Some(mut vector) = self.lock(vector) else {
+            return false;
+        };
         vector.eventfd = eventfd;
         if vector.eventfd.is_some() {
             vector.entry[3] &= !msix::VECTOR_CTRL_MASK;
@@ -238,7 +261,10 @@ impl Interrupts {
     /// Interrupts sent and held back, since the start.
     #[must_use]
     pub fn counters(&self) -> (u64, u64) {
-        (self.sent.load(Ordering::Relaxed), self.held_back.load(Ordering::Relaxed))
+        (
+            self.sent.load(Ordering::Relaxed),
+            self.held_back.load(Ordering::Relaxed),
+        )
     }
 
     /// Read the MSI-X table. Bytes after the last entry read 0.
@@ -253,13 +279,19 @@ impl Interrupts {
     /// Write the MSI-X table. Clearing a vector's mask bit sends its pending interrupt.
     pub fn table_write(&self, offset: u64, data: &[u8]) {
         for_each_word(offset, data.len(), 4, |word, at, range| {
-            let Some(mut vector) = u32::try_from(word / 4).ok().and_then(|vector| self.lock(vector)) else { return };
+            let Some(mut vector) = u32::try_from(word / 4).ok().and_then(|vector| self.lock(vector)) else {
+                return;
+            };
             let field = (word % 4) as usize;
             let mut bytes = vector.entry[field].to_le_bytes();
             bytes[at..at + range.len()].copy_from_slice(&data[range]);
             let value = u32::from_le_bytes(bytes);
             // Only the mask bit of the vector control is ours to keep; the others are reserved.
-            vector.entry[field] = if field == 3 { value & msix::VECTOR_CTRL_MASK } else { value };
+            vector.entry[field] = if field == 3 {
+                value & msix::VECTOR_CTRL_MASK
+            } else {
+                value
+            };
             if field == 3 {
                 self.retry(&mut vector);
             }
@@ -279,10 +311,17 @@ impl Interrupts {
 }
 
 /// Cut `[offset, offset + len)` at multiples of `size`: (word number, first byte in the word, range of the data).
-fn for_each_word(offset: u64, len: usize, size: usize, mut action: impl FnMut(u64, usize, std::ops::Range<usize>)) {
+fn for_each_word(
+    offset: u64,
+    len: usize,
+    size: usize,
+    mut action: impl FnMut(u64, usize, std::ops::Range<usize>),
+) {
     let mut done = 0;
     while done < len {
-        let Some(position) = offset.checked_add(done as u64) else { return };
+        let Some(position) = offset.checked_add(done as u64) else {
+            return;
+        };
         let at = (position % size as u64) as usize;
         let step = (size - at).min(len - done);
         action(position / size as u64, at, done..done + step);
@@ -354,7 +393,11 @@ mod tests {
         interrupts.pba_read(0, &mut pba);
         assert_eq!(u128::from_le_bytes(pba), 1 << 70);
         interrupts.unmask(70);
-        assert_eq!(count(&fd), 1, "two triggers of a masked vector are one pending interrupt");
+        assert_eq!(
+            count(&fd),
+            1,
+            "two triggers of a masked vector are one pending interrupt"
+        );
         interrupts.unmask(70);
         assert_eq!(count(&fd), 0);
     }
@@ -404,8 +447,16 @@ mod tests {
         interrupts.set_eventfd(0, Some(fd.try_clone().unwrap()));
         let (send, receive) = std::sync::mpsc::channel();
         std::thread::spawn(move || send.send(interrupts.trigger(0)).unwrap());
-        assert_eq!(receive.recv_timeout(Duration::from_secs(20)).expect("trigger hangs"), Trigger::Sent);
-        assert!(!fcntl_getfl(&fd).unwrap().contains(OFlags::NONBLOCK), "the client's flags are its own");
+        assert_eq!(
+            receive
+                .recv_timeout(Duration::from_secs(20))
+                .expect("trigger hangs"),
+            Trigger::Sent
+        );
+        assert!(
+            !fcntl_getfl(&fd).unwrap().contains(OFlags::NONBLOCK),
+            "the client's flags are its own"
+        );
     }
 
     #[test]
@@ -416,7 +467,11 @@ mod tests {
         interrupts.set_function_mask(true);
         interrupts.trigger(0);
         interrupts.disconnect();
-        assert_eq!(rustix::io::read(&read, &mut [0; 8]), Ok(0), "the write end is closed");
+        assert_eq!(
+            rustix::io::read(&read, &mut [0; 8]),
+            Ok(0),
+            "the write end is closed"
+        );
         assert!(!interrupts.is_pending(0) && !interrupts.is_routed(0));
         assert_eq!(control(&interrupts, 0), 1);
         let fd = routed(&interrupts, 0);

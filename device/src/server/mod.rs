@@ -1,1 +1,273 @@
-//! To be written.
+//! The vfio-user server: a unix stream socket, one client at a time.
+//!
+//! [`Server::run`] accepts on the caller's thread; each connection has a thread of its own, which reads a
+//! message, answers it and reads the next. A second client is refused at once (VERSION is answered with
+//! EBUSY), so it never waits for a first one that is merely idle; when the first one has hung up, the
+//! second waits until everything of the first has been cleaned up.
+//!
+//! Client input is hostile: sizes are checked before anything is allocated or read, a refused message's
+//! body is consumed and does nothing, file descriptors that nobody asked for are closed.
+//!
+//! Not implemented: DMA_MAP without a file descriptor (DMA_READ, DMA_WRITE), WRITE_MULTI, twin socket,
+//! DEVICE_FEATURE and migration, SET_IRQS with an eventfd for MASK or UNMASK.
+
+mod connection;
+mod dispatch;
+mod frame;
+mod irqs;
+mod listener;
+mod peer;
+
+pub use listener::{BindError, StopFd};
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, TryLockError};
+use std::thread::{Scope, ScopedJoinHandle};
+use std::time::Duration;
+
+use protos::vfio_user::{Command, Header, MessageFlags};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
+
+use crate::pci::Function;
+use connection::Connection;
+use listener::Listener;
+use peer::Peer;
+
+/// Limits of a server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ServerOptions {
+    /// Most data bytes in one message (`max_data_xfer_size`).
+    pub max_data_xfer_size: u32,
+    /// How long a new client may take to send VERSION, a client to send the rest of a message that it has
+    /// begun, and a client to take an answer. Then it is disconnected: it would keep others out.
+    pub client_timeout: Duration,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self {
+            max_data_xfer_size: 1 << 20,
+            client_timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+/// A function served on a socket. Dropping it removes the socket.
+#[derive(Debug)]
+pub struct Server {
+    listener: Listener,
+    function: Arc<Function>,
+    options: ServerOptions,
+    running: Mutex<()>,
+}
+
+/// Whether clients are taken from the listen queue.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Accepting {
+    Yes,
+    /// The client before has hung up and is being cleaned up: the next one waits for that.
+    AfterCleanUp,
+    /// This process is out of file descriptors: try again a little later.
+    AfterFdsAreFree,
+}
+
+/// The connection being served.
+struct Active<'scope> {
+    socket: Arc<OwnedFd>,
+    peer: Peer,
+    thread: ScopedJoinHandle<'scope, ()>,
+}
+
+impl Active<'_> {
+    /// The client has closed its end: the thread is about to end.
+    fn hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(&*self.socket, PollFlags::RDHUP)];
+        matches!(poll(&mut fds, Some(&Timespec::default())), Ok(n) if n > 0)
+    }
+
+    /// Wait for the thread; a panic in it (a broken invariant) goes on here.
+    fn join(self) {
+        if let Err(panic) = self.thread.join() {
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
+
+impl Server {
+    /// Listen on `path`, readable and writable for this user only. A socket file that nobody listens on is
+    /// replaced.
+    ///
+    /// # Errors
+    /// [`BindError`]: somebody listens there, it is not a socket, or the system call failed.
+    pub fn bind(
+        path: impl AsRef<Path>,
+        function: Arc<Function>,
+        options: ServerOptions,
+    ) -> Result<Self, BindError> {
+        let listener = Listener::bind(path.as_ref())?;
+        tracing::info!(socket = %path.as_ref().display(), "listening");
+        Ok(Self {
+            listener,
+            function,
+            options,
+            running: Mutex::new(()),
+        })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.listener.path()
+    }
+
+    /// What it serves.
+    #[must_use]
+    pub fn function(&self) -> &Arc<Function> {
+        &self.function
+    }
+
+    /// Serve until `stop`: clients one after the other. When this returns no client is connected and the
+    /// function is reset.
+    ///
+    /// # Errors
+    /// A failing system call on the listening socket; EALREADY when it runs already. A client's failure is
+    /// no error.
+    ///
+    /// # Panics
+    /// When a connection's thread panicked: an invariant of the device is broken.
+    pub fn run(&self, stop: &StopFd) -> io::Result<()> {
+        let _running = match self.running.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Err(Errno::ALREADY.into()),
+        };
+        let done = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let stopping = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let mut active = None;
+            let result = self.accept_loop(scope, stop, &done, &stopping, &mut active);
+            stopping.store(true, Ordering::SeqCst);
+            if let Some(active) = active {
+                // The thread may be waiting in recvmsg or sendmsg: both return at once now.
+                let _ = shutdown(&*active.socket, Shutdown::Both);
+                active.join();
+            }
+            result
+        })
+    }
+
+    fn accept_loop<'scope, 'env>(
+        &'env self,
+        scope: &'scope Scope<'scope, 'env>,
+        stop: &StopFd,
+        done: &'env OwnedFd,
+        stopping: &'env AtomicBool,
+        active: &mut Option<Active<'scope>>,
+    ) -> io::Result<()> {
+        let mut accepting = Accepting::Yes;
+        loop {
+            let mut fds = [
+                PollFd::new(stop, PollFlags::IN),
+                PollFd::new(done, PollFlags::IN),
+                PollFd::new(self.listener.fd(), PollFlags::IN),
+            ];
+            let watched = if accepting == Accepting::Yes { 3 } else { 2 };
+            let retry = Timespec {
+                tv_sec: 0,
+                tv_nsec: 100_000_000,
+            };
+            let timeout = (accepting == Accepting::AfterFdsAreFree).then_some(&retry);
+            match poll(&mut fds[..watched], timeout) {
+                Err(Errno::INTR) => continue,
+                result => result?,
+            };
+            let ready = fds.each_ref().map(|fd| !fd.revents().is_empty());
+            if ready[0] {
+                tracing::info!(socket = %self.path().display(), "stopping");
+                return Ok(());
+            }
+            if ready[1] {
+                let _ = rustix::io::read(done, &mut [0; 8]);
+                if let Some(ended) = active.take() {
+                    ended.join();
+                }
+                accepting = Accepting::Yes;
+                continue;
+            }
+            if accepting == Accepting::AfterFdsAreFree {
+                accepting = Accepting::Yes;
+            }
+            if !ready[2] {
+                continue;
+            }
+            if active.as_ref().is_some_and(Active::hung_up) {
+                accepting = Accepting::AfterCleanUp;
+                continue;
+            }
+            let socket = match accept_with(self.listener.fd(), SocketFlags::CLOEXEC) {
+                Ok(socket) => socket,
+                Err(Errno::INTR | Errno::AGAIN | Errno::CONNABORTED) => continue,
+                Err(errno @ (Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)) => {
+                    tracing::warn!(%errno, "a client cannot be accepted; trying again");
+                    accepting = Accepting::AfterFdsAreFree;
+                    continue;
+                }
+                Err(errno) => return Err(errno.into()),
+            };
+            let peer = Peer::of(&socket);
+            match active {
+                Some(active) => refuse(&socket, peer, active.peer),
+                None => *active = Some(self.serve(scope, socket, peer, done, stopping)?),
+            }
+        }
+    }
+
+    fn serve<'scope, 'env>(
+        &'env self,
+        scope: &'scope Scope<'scope, 'env>,
+        socket: OwnedFd,
+        peer: Peer,
+        done: &'env OwnedFd,
+        stopping: &'env AtomicBool,
+    ) -> io::Result<Active<'scope>> {
+        let socket = Arc::new(socket);
+        let on_thread = Arc::clone(&socket);
+        let thread = std::thread::Builder::new()
+            .name("vfio-user".into())
+            .spawn_scoped(scope, move || {
+                // Declared first, so dropped last: also when the connection panics, the acceptor hears of it.
+                let _done = NotifyDone(done);
+                tracing::info!(%peer, "client connected");
+                let reason = Connection::new(on_thread, &self.function, &self.options, stopping).run();
+                self.function.disconnect();
+                tracing::info!(%peer, %reason, "client disconnected; the function is reset");
+            })?;
+        Ok(Active { socket, peer, thread })
+    }
+}
+
+struct NotifyDone<'a>(&'a OwnedFd);
+
+impl Drop for NotifyDone<'_> {
+    fn drop(&mut self) {
+        let _ = rustix::io::write(self.0, &1u64.to_ne_bytes());
+    }
+}
+
+/// Tell a second client that it is one too many. Its VERSION may not have arrived yet, so the answer is
+/// written unasked, for message id 0, which is what clients start with.
+fn refuse(socket: &OwnedFd, peer: Peer, holder: Peer) {
+    tracing::warn!(%peer, %holder, "client refused: another one is connected");
+    let version = Header::command(0, Command::VERSION, 0, MessageFlags::COMMAND);
+    let _ = frame::send(
+        socket,
+        &version.error_reply(Errno::BUSY.raw_os_error() as u32),
+        &[],
+        &[],
+    );
+}

@@ -1,0 +1,159 @@
+//! One client: read a message, answer it.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use protos::vfio_user::{Capabilities, Header, MessageType};
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+
+use super::ServerOptions;
+use super::dispatch::{Payload, Refusal, ReplyFds};
+use super::frame::{self, Ended, Fds, MAX_FDS};
+use crate::pci::Function;
+
+/// Refusals of one connection that are logged as warnings; later ones only at debug level, as a client can
+/// cause any number of them.
+const LOGGED_REFUSALS: u64 = 16;
+
+/// What a client has said about itself, and the function it talks to. The buffers are apart
+/// ([`Connection`]), so that a message can be looked at while the state changes.
+pub(super) struct Session<'f> {
+    pub(super) function: &'f Function,
+    pub(super) options: &'f ServerOptions,
+    /// The client's capabilities, once VERSION has been answered.
+    pub(super) negotiated: Option<Capabilities>,
+}
+
+pub(super) struct Connection<'f> {
+    socket: Arc<OwnedFd>,
+    session: Session<'f>,
+    stopping: &'f AtomicBool,
+    /// The body being read: grows to the largest message seen, which is bounded.
+    body: Vec<u8>,
+    reply: Payload,
+    fds: Fds,
+    refusals: u64,
+}
+
+impl<'f> Connection<'f> {
+    pub(super) fn new(
+        socket: Arc<OwnedFd>,
+        function: &'f Function,
+        options: &'f ServerOptions,
+        stopping: &'f AtomicBool,
+    ) -> Self {
+        Self {
+            socket,
+            session: Session {
+                function,
+                options,
+                negotiated: None,
+            },
+            stopping,
+            body: Vec::new(),
+            reply: Payload::default(),
+            fds: Fds::default(),
+            refusals: 0,
+        }
+    }
+
+    /// Serve until the client goes, or has to. Says why.
+    pub(super) fn run(mut self) -> Ended {
+        let timeout = self.session.options.client_timeout;
+        if let Err(errno) = set_socket_timeout(&*self.socket, Timeout::Send, Some(timeout)) {
+            return Ended::Socket(errno);
+        }
+        if let Err(ended) = frame::wait_readable(&self.socket, timeout, "send VERSION") {
+            return ended;
+        }
+        loop {
+            if let Err(ended) = self.one_message() {
+                // A stop shuts the socket down, which looks as if the client had closed it.
+                return if self.stopping.load(Ordering::SeqCst) {
+                    Ended::Stopped
+                } else {
+                    ended
+                };
+            }
+            if self.stopping.load(Ordering::Relaxed) {
+                return Ended::Stopped;
+            }
+        }
+    }
+
+    fn one_message(&mut self) -> Result<(), Ended> {
+        let timeout = self.session.options.client_timeout;
+        self.fds.clear();
+        let header = frame::recv_header(&self.socket, &mut self.fds, timeout)?;
+        // Head of a region access, and its data: nothing is longer.
+        let limit = Header::SIZE + 16 + self.session.options.max_data_xfer_size as usize;
+        let len = match header.payload_len(limit) {
+            Ok(len) => len,
+            Err(error) => {
+                // Where the next message starts is unknown (or very far away): answer, then hang up.
+                frame::send(
+                    &self.socket,
+                    &header.error_reply(Errno::MSGSIZE.raw_os_error() as u32),
+                    &[],
+                    &[],
+                )?;
+                return Err(error.into());
+            }
+        };
+        if self.body.len() < len {
+            self.body.resize(len, 0);
+        }
+        frame::recv_body(&self.socket, &mut self.body[..len], timeout)?;
+
+        self.reply.clear();
+        let outcome = match header.flags.message_type() {
+            MessageType::Command if self.fds.overflow => Err(Refusal::TooManyFds(MAX_FDS)),
+            MessageType::Command => {
+                self.session
+                    .dispatch(&header, &self.body[..len], &mut self.fds, &mut self.reply)
+            }
+            // Never answer an answer.
+            MessageType::Reply => {
+                self.log_refusal(&header, &Refusal::UnexpectedReply);
+                return Ok(());
+            }
+            MessageType::Unknown(kind) => Err(Refusal::MessageType(kind)),
+        };
+        match outcome {
+            Err(refusal) => {
+                self.log_refusal(&header, &refusal);
+                if header.no_reply() {
+                    return Ok(());
+                }
+                let errno = refusal.errno().raw_os_error();
+                // 0 would read as success, and a negative one as nonsense.
+                let errno = u32::try_from(errno).ok().filter(|errno| *errno != 0).unwrap_or(5);
+                frame::send(&self.socket, &header.error_reply(errno), &[], &[])
+            }
+            Ok(_) if header.no_reply() => Ok(()),
+            Ok(fds) => {
+                let payload = self.reply.bytes();
+                let header = header.reply(payload.len());
+                match fds {
+                    ReplyFds::None => frame::send(&self.socket, &header, payload, &[]),
+                    ReplyFds::Region(fd) => frame::send(&self.socket, &header, payload, &[fd]),
+                    ReplyFds::Io(list) => {
+                        let fds: Vec<_> = list.iter().map(|io| io.fd.as_fd()).collect();
+                        frame::send(&self.socket, &header, payload, &fds)
+                    }
+                }
+            }
+        }
+    }
+
+    fn log_refusal(&mut self, header: &Header, refusal: &Refusal) {
+        self.refusals += 1;
+        if self.refusals <= LOGGED_REFUSALS {
+            tracing::warn!(command = %header.command, id = header.message_id, %refusal, "message refused");
+        } else {
+            tracing::debug!(command = %header.command, id = header.message_id, %refusal, "message refused");
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! Requests and replies on the socket.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
+
+use protos::vfio_user::{Command, Header, MessageFlags, MessageType};
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recvmsg, sendmsg,
+    socket_with,
+};
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::POSTED;
+use super::error::{CallError, ConnectError};
+
+/// File descriptors accepted in one message (`max_msg_fds`).
+pub(super) const MAX_FDS: usize = 16;
+
+/// Room for a reply. The payload goes to `head`, what does not fit there to `data`.
+pub(super) struct Reply<'a> {
+    pub(super) head: &'a mut [u8],
+    pub(super) data: &'a mut [u8],
+    /// File descriptors; those that come unwanted are closed.
+    pub(super) fds: Option<&'a mut Vec<OwnedFd>>,
+}
+
+impl Reply<'_> {
+    pub(super) fn empty() -> Self {
+        Self {
+            head: &mut [],
+            data: &mut [],
+            fds: None,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Transport {
+    socket: OwnedFd,
+    timeout: Option<Duration>,
+    next_id: u16,
+    /// Why it cannot be used any more.
+    dead: Option<String>,
+}
+
+impl Transport {
+    pub(super) fn connect(path: &Path, timeout: Option<Duration>) -> Result<Self, ConnectError> {
+        let failed = |errno: Errno| match errno {
+            Errno::NOENT => ConnectError::NotFound { path: path.into() },
+            Errno::CONNREFUSED => ConnectError::NotListening { path: path.into() },
+            // The listen queue stayed full for the whole send timeout.
+            Errno::AGAIN => ConnectError::Timeout {
+                path: path.into(),
+                request: "connect",
+                timeout: timeout.unwrap_or_default(),
+            },
+            errno => ConnectError::Failed {
+                path: path.into(),
+                request: "connect",
+                source: errno.into(),
+            },
+        };
+        let address = SocketAddrUnix::new(path).map_err(failed)?;
+        let socket = socket_with(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(failed)?;
+        set_socket_timeout(&socket, Timeout::Recv, timeout).map_err(failed)?;
+        set_socket_timeout(&socket, Timeout::Send, timeout).map_err(failed)?;
+        connect(&socket, &address).map_err(failed)?;
+        Ok(Self {
+            socket,
+            timeout,
+            next_id: 0,
+            dead: None,
+        })
+    }
+
+    pub(super) fn socket(&self) -> &OwnedFd {
+        &self.socket
+    }
+
+    /// Never use the stream again: where a reply starts is not known any more.
+    pub(super) fn fail(&mut self, error: &CallError) {
+        self.dead.get_or_insert_with(|| error.reason());
+    }
+
+    fn header(&mut self, command: Command, payload: usize, flags: MessageFlags) -> Result<Header, CallError> {
+        if let Some(reason) = &self.dead {
+            return Err(CallError::Dead(reason.clone()));
+        }
+        let id = self.next_id;
+        self.next_id = id.wrapping_add(1);
+        Ok(Header::command(id, command, payload, flags))
+    }
+
+    /// Send and do not wait for a reply.
+    pub(super) fn post(&mut self, command: Command, head: &[u8], data: &[u8]) -> Result<(), CallError> {
+        let header = self.header(command, head.len() + data.len(), POSTED)?;
+        self.send([header.as_bytes(), head, data], &[])
+    }
+
+    /// Send and wait for the reply. Returns the bytes of its payload.
+    pub(super) fn call(
+        &mut self,
+        command: Command,
+        head: &[u8],
+        data: &[u8],
+        fds: &[BorrowedFd<'_>],
+        reply: &mut Reply<'_>,
+    ) -> Result<usize, CallError> {
+        let header = self.header(command, head.len() + data.len(), MessageFlags::COMMAND)?;
+        match self.send([header.as_bytes(), head, data], fds) {
+            // A server that refuses a client answers and hangs up, perhaps before this request: read it.
+            Err(CallError::Closed) if command == Command::VERSION => {}
+            result => result?,
+        }
+        self.receive(&header, reply)
+    }
+
+    fn send(&self, parts: [&[u8]; 3], fds: &[BorrowedFd<'_>]) -> Result<(), CallError> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            assert!(
+                control.push(SendAncillaryMessage::ScmRights(fds)),
+                "at most {MAX_FDS} fds in one message"
+            );
+        }
+        let total: usize = parts.iter().map(|part| part.len()).sum();
+        let mut sent = 0;
+        while sent < total {
+            let mut skip = sent;
+            let iov = parts.map(|part| {
+                let skipped = skip.min(part.len());
+                skip -= skipped;
+                IoSlice::new(&part[skipped..])
+            });
+            match sendmsg(&self.socket, &iov, &mut control, SendFlags::NOSIGNAL) {
+                Ok(bytes) => {
+                    sent += bytes;
+                    control.clear();
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Err(CallError::Timeout(self.timeout.unwrap_or_default())),
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(CallError::Closed),
+                Err(errno) => return Err(CallError::System(errno)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Only one request is under way and the server asks nothing, so header and payload can be read at once.
+    fn receive(&self, request: &Header, reply: &mut Reply<'_>) -> Result<usize, CallError> {
+        let mut head = [0; Header::SIZE];
+        let room = Header::SIZE + reply.head.len() + reply.data.len();
+        let mut wanted = room;
+        let mut filled = 0;
+        let mut parsed = None;
+        while filled < wanted {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let mut skip = filled;
+            let mut iov = [&mut head[..], &mut *reply.head, &mut *reply.data].map(|part| {
+                let skipped = skip.min(part.len());
+                skip -= skipped;
+                IoSliceMut::new(&mut part[skipped..])
+            });
+            let message = match recvmsg(&self.socket, &mut iov, &mut control, RecvFlags::CMSG_CLOEXEC) {
+                Ok(message) => message,
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => return Err(CallError::Timeout(self.timeout.unwrap_or_default())),
+                Err(Errno::CONNRESET) => return Err(CallError::Closed),
+                Err(errno) => return Err(CallError::System(errno)),
+            };
+            let truncated = message.flags.contains(ReturnFlags::CTRUNC);
+            for ancillary in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(fds) = ancillary {
+                    match &mut reply.fds {
+                        Some(list) => list.extend(fds),
+                        None => fds.for_each(drop),
+                    }
+                }
+            }
+            if truncated {
+                return Err(CallError::protocol(format!(
+                    "more than {MAX_FDS} file descriptors came"
+                )));
+            }
+            if message.bytes == 0 {
+                return Err(CallError::Closed);
+            }
+            filled += message.bytes;
+            if filled >= Header::SIZE && parsed.is_none() {
+                let header = Header::read_from_bytes(&head).expect("16 bytes are a header");
+                wanted = check(request, &header, room)?;
+                parsed = Some(header);
+            }
+        }
+        let header = parsed.expect("the room for a reply starts with a header");
+        if filled > wanted {
+            return Err(CallError::protocol(format!(
+                "{} bytes after the reply",
+                filled - wanted
+            )));
+        }
+        if header.flags.contains(MessageFlags::ERROR) {
+            let errno = i32::try_from(header.error)
+                .ok()
+                .filter(|errno| *errno > 0 && *errno < 4096);
+            return Err(CallError::Device(Errno::from_raw_os_error(
+                errno.unwrap_or(Errno::IO.raw_os_error()),
+            )));
+        }
+        Ok(wanted - Header::SIZE)
+    }
+}
+
+/// The reply's size, if it answers `request` and fits.
+fn check(request: &Header, reply: &Header, room: usize) -> Result<usize, CallError> {
+    // A refused client is told with an id that the server had to guess.
+    let refused = request.command == Command::VERSION && reply.flags.contains(MessageFlags::ERROR);
+    let matches = reply.command == request.command && (reply.message_id == request.message_id || refused);
+    if reply.flags.message_type() != MessageType::Reply || !matches {
+        return Err(CallError::protocol(format!(
+            "asked {} (id {}), got {} (id {}, flags {:?})",
+            request.command, request.message_id, reply.command, reply.message_id, reply.flags
+        )));
+    }
+    match reply.payload_len(room) {
+        Ok(payload) if payload > 0 && reply.flags.contains(MessageFlags::ERROR) => Err(CallError::protocol(
+            format!("an error with {payload} bytes of payload"),
+        )),
+        Ok(payload) => Ok(Header::SIZE + payload),
+        Err(error) => Err(CallError::protocol(error.to_string())),
+    }
+}
