@@ -71,7 +71,10 @@ pub(super) fn run(hardware: &Arc<Hardware>, mut bench: Bench) {
     wake.enter();
     while !wake.stopping() {
         passes = passes.wrapping_add(1);
-        if hardware.pass(&mut bench, std::mem::take(&mut full) || passes.is_multiple_of(FULL_LOOK)) {
+        if hardware.pass(
+            &mut bench,
+            std::mem::take(&mut full) || passes.is_multiple_of(FULL_LOOK),
+        ) {
             spin.found();
             continue;
         }

@@ -219,13 +219,6 @@ impl Gru {
             hardware,
             threads: Mutex::new(Vec::new()),
         });
-<<<<<<< HEAD
-=======
-        let gru = Arc::new(Self {
-            hardware,
-            threads: Mutex::new(Vec::new()),
-        });
->>>>>>> main
         for number in 0..config.engines {
             let hardware = Arc::clone(&gru.hardware);
             let bench = Bench {

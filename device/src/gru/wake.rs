@@ -43,13 +43,10 @@ impl Wake {
         status
             .word(pci::STATUS_OFFSET + pci::STATUS_MAGIC)
             .store(pci::STATUS_MAGIC_VALUE, Ordering::Release);
-<<<<<<< HEAD
         let doorbell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let sleepers = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&sleepers, &doorbell, epoll::EventData::new_u64(0), flags)?;
-=======
->>>>>>> main
         Ok(Self {
             status,
             doorbell,
@@ -89,7 +86,6 @@ impl Wake {
 
     /// A reset is complete.
     pub(super) fn count_reset(&self) {
-<<<<<<< HEAD
         // The page as it should be, whatever the last client has done to it.
         let magic = self.status.word(pci::STATUS_OFFSET + pci::STATUS_MAGIC);
         magic.store(pci::STATUS_MAGIC_VALUE, Ordering::Release);
@@ -98,22 +94,11 @@ impl Wake {
         self.status
             .word32(pci::STATUS_OFFSET + pci::STATUS_RESETS)
             .store(resets, Ordering::Release);
-=======
-        self.status
-            .word32(pci::STATUS_OFFSET + pci::STATUS_RESETS)
-            .fetch_add(1, Ordering::Release);
->>>>>>> main
     }
 
     /// Completed resets.
     pub(super) fn resets(&self) -> u32 {
-<<<<<<< HEAD
         self.resets.load(Ordering::SeqCst)
-=======
-        self.status
-            .word32(pci::STATUS_OFFSET + pci::STATUS_RESETS)
-            .load(Ordering::Acquire)
->>>>>>> main
     }
 
     /// After a store: make sure that some engine sees it.
