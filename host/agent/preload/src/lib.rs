@@ -1,1 +1,1 @@
-//! To be written.
+//! The agent as a C library and for LD_PRELOAD.

@@ -1,0 +1,235 @@
+// Reason: getrusage has no wrapper in rustix.
+#![allow(unsafe_code)]
+//! What an invalidation costs, recorded without a lock and without allocation.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::Serialize;
+
+use super::range::Event;
+
+/// Sub-buckets of each power of two, as a shift: values are kept to within 1/16.
+const SUB_SHIFT: u32 = 4;
+/// Values from 2^41 ns (36 minutes) on share the last bucket.
+const BUCKETS: usize = 38 << SUB_SHIFT;
+
+fn index_of(value: u64) -> usize {
+    if value < 1 << SUB_SHIFT {
+        return value as usize;
+    }
+    let octave = 63 - value.leading_zeros() - SUB_SHIFT;
+    let index = ((octave as usize) << SUB_SHIFT) + (value >> octave) as usize;
+    index.min(BUCKETS - 1)
+}
+
+/// Largest value that falls into the bucket.
+fn upper_bound(index: usize) -> u64 {
+    if index < 2 << SUB_SHIFT {
+        return index as u64;
+    }
+    let octave = (index >> SUB_SHIFT) - 1;
+    let mantissa = (index & ((1 << SUB_SHIFT) - 1)) + (1 << SUB_SHIFT);
+    ((mantissa as u64 + 1) << octave) - 1
+}
+
+/// A fixed histogram of nanoseconds: sixteen buckets for each power of two.
+#[derive(Debug)]
+pub struct Histogram {
+    buckets: Box<[AtomicU64]>,
+    sum: AtomicU64,
+    max: AtomicU64,
+}
+
+impl Default for Histogram {
+    fn default() -> Self {
+        Self {
+            buckets: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect(),
+            sum: AtomicU64::new(0),
+            max: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Histogram {
+    /// Adds a value. Three relaxed atomic operations.
+    pub fn record(&self, value: u64) {
+        self.buckets[index_of(value)].fetch_add(1, Ordering::Relaxed);
+        self.sum.fetch_add(value, Ordering::Relaxed);
+        self.max.fetch_max(value, Ordering::Relaxed);
+    }
+
+    /// The usual figures.
+    #[must_use]
+    pub fn summary(&self) -> Summary {
+        let counts: Vec<u64> = self.buckets.iter().map(|b| b.load(Ordering::Relaxed)).collect();
+        let count: u64 = counts.iter().sum();
+        let max = self.max.load(Ordering::Relaxed);
+        let at = |per_mille: u64| {
+            let rank = (count * per_mille).div_ceil(1000).max(1);
+            let mut seen = 0;
+            counts
+                .iter()
+                .position(|n| {
+                    seen += n;
+                    seen >= rank
+                })
+                .map_or(0, |index| upper_bound(index).min(max))
+        };
+        Summary {
+            count,
+            mean_ns: self.sum.load(Ordering::Relaxed).checked_div(count).unwrap_or(0),
+            p50_ns: at(500),
+            p90_ns: at(900),
+            p99_ns: at(990),
+            p999_ns: at(999),
+            max_ns: max,
+        }
+    }
+}
+
+/// Figures of a [`Histogram`], nanoseconds, percentiles rounded up by at most 1/16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Default)]
+pub struct Summary {
+    /// Values recorded.
+    pub count: u64,
+    /// Arithmetic mean.
+    pub mean_ns: u64,
+    /// Median.
+    pub p50_ns: u64,
+    /// 90th percentile.
+    pub p90_ns: u64,
+    /// 99th percentile.
+    pub p99_ns: u64,
+    /// 99.9th percentile.
+    pub p999_ns: u64,
+    /// Largest value.
+    pub max_ns: u64,
+}
+
+/// What is recorded for each event.
+#[derive(Debug, Default)]
+pub struct EventRecord {
+    /// Duration of the non-sleeping subscribers' part of a start.
+    pub nonsleeping: Histogram,
+    /// Duration of the whole start.
+    pub whole: Histogram,
+    /// Voluntary context switches of the calling thread during the non-sleeping part. 0, or S9 is broken.
+    pub switches: AtomicU64,
+    /// Starts that were refused.
+    pub refused: AtomicU64,
+    /// Ends.
+    pub ends: AtomicU64,
+}
+
+/// [`EventRecord`] as figures.
+#[derive(Debug, Clone, Serialize)]
+pub struct EventSummary {
+    /// Which event; `None` for `invalidate_page`.
+    pub event: Option<Event>,
+    /// Duration of the non-sleeping part.
+    pub nonsleeping: Summary,
+    /// Duration of the whole start.
+    pub whole: Summary,
+    /// Voluntary context switches in the non-sleeping part.
+    pub voluntary_context_switches: u64,
+    /// Refused starts.
+    pub refused: u64,
+    /// Ends.
+    pub ends: u64,
+}
+
+/// All records of a chain: one for each event, and one for `invalidate_page`.
+#[derive(Debug, Default)]
+pub struct Recorder {
+    records: [EventRecord; Event::ALL.len() + 1],
+}
+
+impl Recorder {
+    /// The record of an event; `None` = `invalidate_page`.
+    #[must_use]
+    pub fn of(&self, event: Option<Event>) -> &EventRecord {
+        &self.records[event.map_or(Event::ALL.len(), |e| e as usize)]
+    }
+
+    /// Figures of every event that has happened.
+    #[must_use]
+    pub fn summaries(&self) -> Vec<EventSummary> {
+        Event::ALL
+            .into_iter()
+            .map(Some)
+            .chain([None])
+            .map(|event| {
+                let record = self.of(event);
+                EventSummary {
+                    event,
+                    nonsleeping: record.nonsleeping.summary(),
+                    whole: record.whole.summary(),
+                    voluntary_context_switches: record.switches.load(Ordering::Relaxed),
+                    refused: record.refused.load(Ordering::Relaxed),
+                    ends: record.ends.load(Ordering::Relaxed),
+                }
+            })
+            .filter(|s| s.whole.count != 0)
+            .collect()
+    }
+}
+
+/// Voluntary context switches of this thread so far (`ru_nvcsw` of `RUSAGE_THREAD`, getrusage(2)).
+#[must_use]
+pub fn thread_switches() -> u64 {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::uninit();
+    // SAFETY: the pointer is valid for one rusage, which the call fills in when it returns 0.
+    let usage = unsafe {
+        if libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) != 0 {
+            return 0;
+        }
+        usage.assume_init()
+    };
+    usage.ru_nvcsw as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_histogram_when_value_is_any_lands_in_bucket_that_covers_it() {
+        let mut previous = 0;
+        for shift in 0..41 {
+            for value in [(1u64 << shift) - 1, 1 << shift, (1 << shift) + (1 << shift) / 3] {
+                let index = index_of(value);
+                assert!(index >= previous || value < 4, "monotonic at {value}");
+                previous = previous.max(index);
+                let upper = upper_bound(index);
+                assert!(upper >= value, "{value} above its bucket's bound {upper}");
+                assert!(upper - value <= value / 16, "{value} rounded to {upper}");
+            }
+        }
+        assert_eq!(index_of(u64::MAX), BUCKETS - 1);
+    }
+
+    #[test]
+    fn test_histogram_when_filled_returns_percentiles() {
+        let h = Histogram::default();
+        assert_eq!(h.summary(), Summary::default());
+        (1..=1000).for_each(|v| h.record(v));
+        let s = h.summary();
+        assert_eq!((s.count, s.max_ns, s.mean_ns), (1000, 1000, 500));
+        assert!((500..=532).contains(&s.p50_ns), "{s:?}");
+        assert!((990..=1000).contains(&s.p99_ns), "{s:?}");
+    }
+
+    #[test]
+    fn test_switches_when_thread_sleeps_are_counted() {
+        let before = thread_switches();
+        rustix::event::poll(
+            &mut [],
+            Some(&rustix::time::Timespec {
+                tv_sec: 0,
+                tv_nsec: 1_000_000,
+            }),
+        )
+        .unwrap();
+        assert!(thread_switches() > before);
+    }
+}

@@ -1,0 +1,17 @@
+//! The subscribers of a chain, and the reclaimer (a caller of it).
+//!
+//! | | sleeps | refuses non-blockable starts |
+//! |---|---|---|
+//! | [`GruSubscriber`] | never | never |
+//! | [`ShadowMmu`] | never | never |
+//! | [`Xpmem`] | yes | when a peer has attached the range |
+
+mod gru;
+mod reclaimer;
+mod shadow_mmu;
+mod xpmem;
+
+pub use gru::{DeviceFlush, GruSubscriber};
+pub use reclaimer::{PurgeableRange, Reclaimed, Reclaimer, ReclaimerStats};
+pub use shadow_mmu::{FaultResult, ShadowEntry, ShadowMmu, ShadowMmuStats};
+pub use xpmem::{PeerBusy, PeerLink, PeerSequence, Xpmem, XpmemStats};
