@@ -9,7 +9,7 @@
 use agent::{Agent, Memory};
 use dlmalloc::{Allocator, Dlmalloc};
 use std::cell::UnsafeCell;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 
 /// Size of the arena without `TLBRIDGE_HEAP_BYTES`.
@@ -44,15 +44,7 @@ unsafe impl Allocator for Arena {
         // fault that the daemon has to serve, and in user mode only a system call cannot even wait for that.
         let offset = (at - BASE.load(Ordering::Relaxed)) as libc::off_t;
         // SAFETY: fallocate on this library's own memfd.
-        let r = unsafe {
-            libc::syscall(
-                libc::SYS_fallocate,
-                FD.load(Ordering::Relaxed),
-                0,
-                offset,
-                size as libc::off_t,
-            )
-        };
+        let r = unsafe { libc::fallocate(FD.load(Ordering::Relaxed), 0, offset, size as libc::off_t) };
         if r != 0 {
             return failed;
         }
@@ -179,17 +171,21 @@ extern "C" fn in_child() {
     ON.store(false, Ordering::Release);
     let base = BASE.load(Ordering::Relaxed);
     // Private from here on. Only what has been handed out: the rest of the file is not allocated.
-    // SAFETY: replaces the mapping of the same pages at the same addresses.
-    unsafe {
-        libc::syscall(
-            libc::SYS_mmap,
+    // SAFETY: replaces the mapping of the same pages at the same addresses; the descriptor stays open.
+    let mapped = unsafe {
+        agent::raw::mmap(
             base,
             NEXT.load(Ordering::Relaxed) - base,
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
-            FD.load(Ordering::Relaxed),
+            Some(BorrowedFd::borrow_raw(FD.load(Ordering::Relaxed))),
             0,
-        );
+        )
+    };
+    if mapped.is_err() {
+        // The child would store into its parent's heap.
+        // SAFETY: ends the child.
+        unsafe { libc::abort() };
     }
     unlock();
 }
