@@ -62,6 +62,13 @@ pub(crate) fn open_socket(path: &Path) -> Result<OwnedFd> {
         None,
     )
     .map_err(failed)?;
+    // A daemon that takes the connection and never answers must not hold anybody for ever.
+    rustix::net::sockopt::set_socket_timeout(
+        &socket,
+        rustix::net::sockopt::Timeout::Recv,
+        Some(std::time::Duration::from_secs(60)),
+    )
+    .map_err(failed)?;
     let address = SocketAddrUnix::new(path).map_err(failed)?;
     rustix::net::connect(&socket, &address).map_err(failed)?;
     Ok(socket)

@@ -71,6 +71,9 @@ pub(crate) fn wait(state: &State) {
         if state.phase() != phase::FENCING {
             return;
         }
+        if sys::poll([state.notice.load(Ordering::Relaxed)], 0)[0].hung_up {
+            state.hung_up.store(1, Ordering::Release);
+        }
         let closed = session_closed(state);
         let dead = closed || daemon_dead(state);
         if dead
@@ -125,11 +128,11 @@ fn kill(state: &State, who: &str, pid: u32, pidfd: RawFd) {
             .said_ms
             .compare_exchange(said, now, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok();
-    if pidfd <= 0 {
+    if pidfd <= 0 || pid == sys::getpid() {
         if may_say {
             sys::say(format_args!(
-                "{who} may still reach this memory and cannot be fenced: no pidfd of it is known; waiting \
-                 (stop it to go on)"
+                "{who} may still reach this memory and cannot be fenced (it has no process of its own that \
+                 is known here); waiting, stop it to go on"
             ));
         }
         return;

@@ -114,12 +114,6 @@ pub(crate) fn now_ms() -> u64 {
     (t.tv_sec as u64 * 1000 + t.tv_nsec as u64 / 1_000_000).max(1)
 }
 
-/// Let another thread run.
-pub(crate) fn sched_yield() {
-    // SAFETY: no arguments.
-    let _ = unsafe { syscall(libc::SYS_sched_yield, [0; 6]) };
-}
-
 /// Kernel's number of the calling thread.
 pub(crate) fn gettid() -> u32 {
     // SAFETY: no arguments.
