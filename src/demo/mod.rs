@@ -107,7 +107,7 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     };
 
     // The application first: while it is there, the others are in use.
-    for service in [Some(application), peer, Some(host), Some(device)].into_iter().flatten() {
+    for service in [peer, Some(application), Some(host), Some(device)].into_iter().flatten() {
         service.end_cleanly()?;
     }
     Ok(DemoResult {
