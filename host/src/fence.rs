@@ -171,10 +171,7 @@ impl Fence {
                 let why = format!("no answer within {:?}", self.timeout.unwrap_or_default());
                 return self.fence(peer, &why);
             }
-            let ready = wait_ready(
-                &[(channel, interest), (peer.pidfd.as_fd(), PollFlags::IN)],
-                left,
-            )?;
+            let ready = wait_ready(&[(channel, interest), (peer.pidfd.as_fd(), PollFlags::IN)], left)?;
             // An answer that came before the end counts: look at the channel first.
             if ready[1] {
                 return Ok(match look() {

@@ -23,7 +23,13 @@ impl Drop for Idle {
 }
 
 fn channel() -> (OwnedFd, OwnedFd) {
-    socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap()
+    socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .unwrap()
 }
 
 fn look(fd: &OwnedFd) -> Progress<u8> {
@@ -57,9 +63,7 @@ fn test_wait_when_peer_is_silent_kills_it_and_sees_it_gone() {
     let (ours, _theirs) = channel();
     let token = MaySleep::claim("test");
     let fence = Fence::new(Some(Duration::from_millis(20)));
-    let outcome = fence
-        .wait(&peer, ours.as_fd(), &token, || look(&ours))
-        .unwrap();
+    let outcome = fence.wait(&peer, ours.as_fd(), &token, || look(&ours)).unwrap();
     assert_eq!(outcome, Outcome::Gone { killed: true });
     assert!(peer.is_gone());
     assert_eq!((fence.stats().kills, fence.stats().gone), (1, 1));
@@ -74,9 +78,7 @@ fn test_wait_when_peer_is_stopped_is_not_fooled_by_the_timeout() {
     let token = MaySleep::claim("test");
     let fence = Fence::new(Some(Duration::from_millis(5)));
     // Gone means dead: had the wait ended at the timeout, the process would still be there, stopped.
-    let outcome = fence
-        .wait(&peer, ours.as_fd(), &token, || look(&ours))
-        .unwrap();
+    let outcome = fence.wait(&peer, ours.as_fd(), &token, || look(&ours)).unwrap();
     assert_eq!(outcome, Outcome::Gone { killed: true });
     assert!(peer.is_gone());
 }
@@ -89,9 +91,7 @@ fn test_wait_when_peer_hangs_up_but_lives_is_fenced_at_once() {
     drop(theirs);
     let token = MaySleep::claim("test");
     let fence = Fence::new(None);
-    let outcome = fence
-        .wait(&peer, ours.as_fd(), &token, || look(&ours))
-        .unwrap();
+    let outcome = fence.wait(&peer, ours.as_fd(), &token, || look(&ours)).unwrap();
     assert_eq!(outcome, Outcome::Gone { killed: true });
 }
 
@@ -103,9 +103,7 @@ fn test_wait_when_peer_dies_by_itself_is_not_killed() {
     let token = MaySleep::claim("test");
     idle.0.kill().unwrap();
     let fence = Fence::new(None);
-    let outcome = fence
-        .wait(&peer, ours.as_fd(), &token, || look(&ours))
-        .unwrap();
+    let outcome = fence.wait(&peer, ours.as_fd(), &token, || look(&ours)).unwrap();
     assert_eq!(outcome, Outcome::Gone { killed: false });
     assert_eq!(fence.stats().kills, 0);
 }
@@ -151,9 +149,7 @@ fn test_wait_when_killing_is_not_permitted_keeps_waiting_and_says_so() {
     };
     let (ours, _theirs) = channel();
     let token = MaySleep::claim("test");
-    let outcome = fence
-        .wait(&peer, ours.as_fd(), &token, || look(&ours))
-        .unwrap();
+    let outcome = fence.wait(&peer, ours.as_fd(), &token, || look(&ours)).unwrap();
     assert_eq!(outcome, Outcome::Gone { killed: false });
     assert_eq!((fence.stats().kills, fence.stats().reports), (0, 2));
 }

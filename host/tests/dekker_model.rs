@@ -168,8 +168,14 @@ fn test_s1_dekker_when_protocol_is_whole_leaves_no_stale_entry() {
 
 #[test]
 fn test_s1_dekker_when_a_fence_is_missing_is_found() {
-    assert!(is_found(|| race(|w| w.call::<NoFence>(), |w| w.fill::<LoomFence>(true))));
-    assert!(is_found(|| race(|w| w.call::<LoomFence>(), |w| w.fill::<NoFence>(true))));
+    assert!(is_found(|| race(
+        |w| w.call::<NoFence>(),
+        |w| w.fill::<LoomFence>(true)
+    )));
+    assert!(is_found(|| race(
+        |w| w.call::<LoomFence>(),
+        |w| w.fill::<NoFence>(true)
+    )));
 }
 
 #[test]

@@ -100,7 +100,9 @@ impl MmCache {
     }
 
     fn remembered(&self) -> MutexGuard<'_, Remembered> {
-        self.remembered.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.remembered
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// What is mapped at `va`, for a fill of the permit's page. May sleep.

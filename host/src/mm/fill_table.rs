@@ -59,7 +59,7 @@ struct Backoff(u32);
 impl Backoff {
     fn pause(&mut self) {
         self.0 += 1;
-        if self.0 % 100 == 0 {
+        if self.0.is_multiple_of(100) {
             std::thread::yield_now();
         } else {
             std::hint::spin_loop();
@@ -476,7 +476,8 @@ impl FillTable {
             || self.window(key).any(|entry| {
                 entry.pin(key).is_some_and(|pinned| {
                     pinned.0.huge.load(Ordering::Relaxed) != 0
-                        || pinned.0.pages[(page / 64) as usize].load(Ordering::Relaxed) >> (page % 64) & 1 != 0
+                        || pinned.0.pages[(page / 64) as usize].load(Ordering::Relaxed) >> (page % 64) & 1
+                            != 0
                 })
             })
     }

@@ -206,19 +206,17 @@ mod tests {
         assert!(vma.read && vma.write && vma.shared);
         // SAFETY: the page belongs to the window above.
         unsafe {
-            mprotect(
-                (base + 4096) as *mut _,
-                4096,
-                rustix::mm::MprotectFlags::READ,
-            )
-            .unwrap();
+            mprotect((base + 4096) as *mut _, 4096, rustix::mm::MprotectFlags::READ).unwrap();
         };
         let vma = source.query(base + 4096 + 17).unwrap().expect("mapped");
         assert_eq!((vma.start, vma.end), (base + 4096, base + 8192));
         assert!(vma.read && !vma.write && vma.shared);
         assert_eq!(source.query(0x1000).unwrap(), None);
         let stack = 0u8;
-        let vma = source.query(std::ptr::from_ref(&stack) as u64).unwrap().expect("stack");
+        let vma = source
+            .query(std::ptr::from_ref(&stack) as u64)
+            .unwrap()
+            .expect("stack");
         assert!(!vma.shared && vma.write && vma.inode == 0);
     }
 
@@ -239,11 +237,21 @@ mod tests {
 
     #[test]
     fn test_parse_when_line_is_malformed_returns_none() {
-        for line in ["", "1-2", "1-2 rw 0 0:0 0", "x-2 rw-p 0 0:0 0", "1-2 rw-p 0 00 0", "1-2 rw-p 0 0:0"] {
+        for line in [
+            "",
+            "1-2",
+            "1-2 rw 0 0:0 0",
+            "x-2 rw-p 0 0:0 0",
+            "1-2 rw-p 0 00 0",
+            "1-2 rw-p 0 0:0",
+        ] {
             assert_eq!(parse_line(line), None, "{line:?}");
         }
         let vma = parse_line("7f00-8000 r--s 00002000 00:01 1029 /memfd:x y (deleted)").unwrap();
-        assert_eq!((vma.start, vma.end, vma.offset, vma.inode), (0x7f00, 0x8000, 0x2000, 1029));
+        assert_eq!(
+            (vma.start, vma.end, vma.offset, vma.inode),
+            (0x7f00, 0x8000, 0x2000, 1029)
+        );
         assert_eq!(vma.dev, makedev(0, 1));
         assert!(vma.read && !vma.write && vma.shared);
     }

@@ -10,9 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use protos::bridge::shared::{Header, MAGIC, SharedTable, TABLE_BYTES, VERSION, buckets_of};
-use rustix::fs::{
-    MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create,
-};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use rustix::thread::futex;
 
@@ -23,7 +21,9 @@ pub enum TableError {
     #[error("shared table: {0}")]
     Io(#[from] io::Error),
     /// The file has another size.
-    #[error("shared table: the file has {got} bytes instead of {TABLE_BYTES}; both sides need the same version")]
+    #[error(
+        "shared table: the file has {got} bytes instead of {TABLE_BYTES}; both sides need the same version"
+    )]
     Size {
         /// What it has.
         got: u64,
@@ -233,10 +233,7 @@ mod tests {
         ));
         let unsealed = fd();
         ftruncate(&unsealed, TABLE_BYTES as u64).unwrap();
-        assert!(matches!(
-            MappedTable::open(unsealed),
-            Err(TableError::NotSealed)
-        ));
+        assert!(matches!(MappedTable::open(unsealed), Err(TableError::NotSealed)));
         let blank = fd();
         ftruncate(&blank, TABLE_BYTES as u64).unwrap();
         fcntl_add_seals(&blank, SealFlags::SHRINK).unwrap();
@@ -254,10 +251,7 @@ mod tests {
         for va in [0x20_0000, 0x40_0000] {
             assert_eq!(table.in_progress[bucket_of(va)].load(Ordering::Relaxed), 1);
         }
-        assert_eq!(
-            table.in_progress[bucket_of(0x60_0000)].load(Ordering::Relaxed),
-            0
-        );
+        assert_eq!(table.in_progress[bucket_of(0x60_0000)].load(Ordering::Relaxed), 0);
         let all = table.begin_change(0, u64::MAX);
         assert_eq!(table.header.all_in_progress.load(Ordering::Relaxed), 1);
         drop((change, all));

@@ -67,9 +67,10 @@ impl ActiveTable {
     }
 
     pub(super) fn claim_waiting(&self, start: u64, end: u64, token: &MaySleep) -> Claim {
-        self.freed.wait_for(token, "a free entry for an invalidation", || {
-            self.claim(start, end)
-        })
+        self.freed
+            .wait_for(token, "a free entry for an invalidation", || {
+                self.claim(start, end)
+            })
     }
 
     pub(super) fn succeeded(&self, claim: &Claim, subscriber: usize) {
@@ -107,23 +108,26 @@ impl ActiveTable {
         let first_later = self.next_number.load(Ordering::Relaxed);
         for entry in &self.entries {
             self.freed.wait_for(token, "running invalidations to end", || {
-                match entry.number.load(Ordering::Acquire) {
-                    0 => Some(()),
-                    // Could be an earlier one. Its starter is between two stores; it notifies when it ends.
-                    CLAIMED => None,
-                    number => (number >= first_later).then_some(()),
+                let mut number = entry.number.load(Ordering::Acquire);
+                while number == CLAIMED {
+                    // Its starter is a few stores away from giving the number, and nobody is told of that.
+                    std::thread::yield_now();
+                    number = entry.number.load(Ordering::Acquire);
                 }
+                (number == 0 || number >= first_later).then_some(())
             });
         }
     }
 
     pub(super) fn meets(&self, start: u64, end: u64) -> bool {
-        self.entries.iter().any(|entry| match entry.number.load(Ordering::Acquire) {
-            0 => false,
-            // Not written yet: could be any range.
-            CLAIMED => true,
-            _ => entry.start.load(Ordering::Relaxed) < end && start < entry.end.load(Ordering::Relaxed),
-        })
+        self.entries
+            .iter()
+            .any(|entry| match entry.number.load(Ordering::Acquire) {
+                0 => false,
+                // Not written yet: could be any range.
+                CLAIMED => true,
+                _ => entry.start.load(Ordering::Relaxed) < end && start < entry.end.load(Ordering::Relaxed),
+            })
     }
 
     pub(super) fn count(&self) -> u64 {

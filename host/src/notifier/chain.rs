@@ -122,7 +122,8 @@ impl Drop for Started {
             self.chain.finish(&self.claim, &self.range, Ctx::MaySleep(&token));
         } else {
             let section = NonSleeping::enter();
-            self.chain.finish(&self.claim, &self.range, Ctx::NonSleeping(&section));
+            self.chain
+                .finish(&self.claim, &self.range, Ctx::NonSleeping(&section));
         }
     }
 }
@@ -148,7 +149,9 @@ impl Chain {
 
     fn registry(&self) -> MutexGuard<'_, Registry> {
         // Plain data, valid after any panic.
-        self.registry.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.registry
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Adds a subscriber. It is told of every invalidation that starts from now on, and when this returns
@@ -320,10 +323,7 @@ impl Chain {
             None => match token {
                 Some(token) => self.active.claim_waiting(range.start, range.end, token),
                 None => {
-                    return Err(self.refuse(
-                        Some(range.event),
-                        "the chain (table of active ranges is full)",
-                    ));
+                    return Err(self.refuse(Some(range.event), "the chain (table of active ranges is full)"));
                 }
             },
         };
@@ -336,16 +336,11 @@ impl Chain {
         };
         // Pairs with the fence in `register` (S10).
         fence(Ordering::SeqCst);
-        let refused_by = self.call_all(
-            Some(range.event),
-            begun,
-            token,
-            |place, subscriber, ctx| {
-                subscriber.invalidate_range_start(&range, ctx)?;
-                self.active.succeeded(&started.claim, place);
-                Ok(())
-            },
-        );
+        let refused_by = self.call_all(Some(range.event), begun, token, |place, subscriber, ctx| {
+            subscriber.invalidate_range_start(&range, ctx)?;
+            self.active.succeeded(&started.claim, place);
+            Ok(())
+        });
         let Some(subscriber) = refused_by else {
             self.counters.started.fetch_add(1, Ordering::Relaxed);
             return Ok(started);

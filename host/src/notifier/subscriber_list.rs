@@ -58,10 +58,7 @@ impl<T: ?Sized> Place<T> {
                 .compare_exchange_weak(state, state + 1, Ordering::Acquire, Ordering::Relaxed)
             {
                 Ok(_) => {
-                    return Some(Entered {
-                        place: self,
-                        emptied,
-                    });
+                    return Some(Entered { place: self, emptied });
                 }
                 Err(now) => state = now,
             }
@@ -74,7 +71,11 @@ impl<T: ?Sized> Place<T> {
     /// The caller owns the place: it was never published, or [`Self::take`] has returned since; and nobody
     /// else publishes into it meanwhile.
     pub(super) unsafe fn publish(&self, value: Arc<T>) {
-        assert_eq!(self.state.load(Ordering::Acquire), 0, "a free place has no reader");
+        assert_eq!(
+            self.state.load(Ordering::Acquire),
+            0,
+            "a free place has no reader"
+        );
         // SAFETY: the state is 0, so no reader is inside and none can enter; by contract no other writer.
         unsafe { *self.value.get() = Some(value) };
         self.state.store(LIVE, Ordering::Release);
@@ -97,7 +98,11 @@ impl<T: ?Sized> Place<T> {
     /// # Safety
     /// The caller is the one whose [`Self::close`] returned `true`.
     pub(super) unsafe fn take(&self) -> Arc<T> {
-        assert_eq!(self.state.load(Ordering::Acquire), 0, "closed, and no reader inside");
+        assert_eq!(
+            self.state.load(Ordering::Acquire),
+            0,
+            "closed, and no reader inside"
+        );
         // SAFETY: state 0: no reader is inside and none can enter; by contract this is the only writer.
         let value = unsafe { (*self.value.get()).take() };
         value.expect("a place that was open has a value")

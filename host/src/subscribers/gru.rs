@@ -105,7 +105,13 @@ mod tests {
         }
     }
 
-    fn set_up() -> (Arc<MappedTable>, Arc<FillTable>, Arc<Device>, Arc<Chain>, MaySleep) {
+    fn set_up() -> (
+        Arc<MappedTable>,
+        Arc<FillTable>,
+        Arc<Device>,
+        Arc<Chain>,
+        MaySleep,
+    ) {
         let table = MappedTable::create().unwrap();
         let fills = FillTable::new(table.clone());
         let device = Arc::new(Device {
@@ -132,7 +138,9 @@ mod tests {
             blockable: false,
         };
         let change = table.begin_change(range.start, range.end);
-        let started = chain.invalidate_range_start(range, Ctx::MaySleep(&token)).unwrap();
+        let started = chain
+            .invalidate_range_start(range, Ctx::MaySleep(&token))
+            .unwrap();
         assert_eq!(*device.log.lock().unwrap(), [(0x4000, 0x6000, 2)]);
         assert!(!fills.contains(0x5000) && fills.contains(0x9000));
         assert_eq!(table.header.cached_total.load(Ordering::Relaxed), 1);
@@ -157,7 +165,9 @@ mod tests {
         let (table, fills, _device, chain, token) = set_up();
         let waiter = fills.fault_waiter();
         let range = NotifierRange::all(Event::Clear, true);
-        let started = chain.invalidate_range_start(range, Ctx::MaySleep(&token)).unwrap();
+        let started = chain
+            .invalidate_range_start(range, Ctx::MaySleep(&token))
+            .unwrap();
         assert_eq!(table.header.bell.load(Ordering::Relaxed), 0);
         chain.invalidate_range_end(started, Ctx::MaySleep(&token));
         assert_eq!(table.header.bell.load(Ordering::Relaxed), 1);

@@ -214,7 +214,11 @@ fn test_forget_when_part_is_taken_back_never_discards_it() {
     }
     for page in 0..LEN / PAGE {
         let va = BASE + page * PAGE;
-        let want = if (keep_from..keep_to).contains(&va) { 0xa5 } else { 0 };
+        let want = if (keep_from..keep_to).contains(&va) {
+            0xa5
+        } else {
+            0
+        };
         assert_eq!(byte_at(&b.memfd, va), want, "page {page}");
     }
     b.reclaimer.forget(0, u64::MAX, &b.token);

@@ -94,12 +94,7 @@ impl ShadowMmu {
 
     /// Serves a fault. `look_up` finds the page in the VM's truth; it may sleep and is called again when an
     /// invalidation has come in between.
-    pub fn fault(
-        &self,
-        va: u64,
-        _token: &MaySleep,
-        mut look_up: impl FnMut() -> Option<u64>,
-    ) -> FaultResult {
+    pub fn fault(&self, va: u64, _token: &MaySleep, mut look_up: impl FnMut() -> Option<u64>) -> FaultResult {
         might_sleep("ShadowMmu::fault");
         let page = va >> PAGE_SHIFT;
         loop {

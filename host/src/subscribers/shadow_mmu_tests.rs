@@ -162,7 +162,9 @@ fn test_invalidate_page_when_lookup_is_running_makes_it_start_over() {
     let result = shadow.fault(0x5000, &token, || {
         looks += 1;
         if looks == 1 {
-            chain.invalidate_page(page(0x5000), Ctx::MaySleep(&token)).unwrap();
+            chain
+                .invalidate_page(page(0x5000), Ctx::MaySleep(&token))
+                .unwrap();
             return Some(1);
         }
         None

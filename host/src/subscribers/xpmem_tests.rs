@@ -18,8 +18,13 @@ impl Puppet {
     fn new() -> Self {
         let child = Command::new("sleep").arg("1000").stdin(Stdio::null()).spawn();
         let child = child.expect("sleep(1) is there");
-        let (ours, theirs) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let (ours, theirs) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
         let peer = Peer::open(child.id(), "puppet").unwrap();
         Self {
             child,
@@ -84,7 +89,9 @@ fn test_s2_start_when_peer_has_the_range_returns_after_its_zap() {
     std::thread::scope(|s| {
         let starter = s.spawn(|| {
             let token = MaySleep::claim("starter");
-            let started = chain.invalidate_range_start(start, Ctx::MaySleep(&token)).unwrap();
+            let started = chain
+                .invalidate_range_start(start, Ctx::MaySleep(&token))
+                .unwrap();
             chain.invalidate_range_end(started, Ctx::MaySleep(&token));
         });
         let Notice::Zap { seq, start, end } = puppet.receive() else {
@@ -140,10 +147,7 @@ fn test_s9_start_when_non_blockable_and_peer_has_the_range_refuses() {
     let puppet = Puppet::new();
     xpmem.attach(puppet.link.clone(), &token);
     let refused = chain.invalidate_range_start(range(BASE, END, false), Ctx::MaySleep(&token));
-    assert_eq!(
-        refused.unwrap_err(),
-        StartError::Again { subscriber: "xpmem" }
-    );
+    assert_eq!(refused.unwrap_err(), StartError::Again { subscriber: "xpmem" });
     assert!(
         xpmem.resolve_begin(BASE, END).is_ok(),
         "C3: nothing is in progress after a refusal"
@@ -163,12 +167,10 @@ fn test_s9_start_when_non_blockable_and_list_is_locked_refuses_instead_of_waitin
     let refused = chain.invalidate_range_start(range(BASE, END, false), Ctx::MaySleep(&token));
     assert!(refused.is_err());
     drop(peers);
-    drop(
-        chain
-            .invalidate_range_start(range(BASE, END, false), Ctx::MaySleep(&token))
-            .map(|started| chain.invalidate_range_end(started, Ctx::MaySleep(&token)))
-            .unwrap(),
-    );
+    let started = chain
+        .invalidate_range_start(range(BASE, END, false), Ctx::MaySleep(&token))
+        .unwrap();
+    chain.invalidate_range_end(started, Ctx::MaySleep(&token));
 }
 
 #[test]
