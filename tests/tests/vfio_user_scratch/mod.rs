@@ -202,7 +202,9 @@ impl Model for Scratch {
                     memory.write_from(&bytes);
                 }
             }
-            _ if offset.is_multiple_of(8) && offset / 8 < REGISTERS => state.registers[(offset / 8) as usize] = value,
+            _ if offset.is_multiple_of(8) && offset / 8 < REGISTERS => {
+                state.registers[(offset / 8) as usize] = value
+            }
             _ => {
                 return Err(AccessError::Unassigned {
                     bar,

@@ -54,7 +54,11 @@ fn test_cch_when_any_command_meets_any_state_follows_the_table() {
             bring_to(&rig, state);
             let got = rig.cch_do(0, opc);
             assert_eq!(got, outcome.map(|_| ()), "{opc:?} in {state:?}");
-            assert_eq!(rig.cch(0).state(), outcome.unwrap_or(state), "{opc:?} in {state:?}");
+            assert_eq!(
+                rig.cch(0).state(),
+                outcome.unwrap_or(state),
+                "{opc:?} in {state:?}"
+            );
         }
     }
 }
@@ -101,7 +105,11 @@ fn test_allocate_when_context_had_another_owner_shows_zeros() {
 #[test]
 fn test_interrupt_when_fault_map_miss_is_unserved_stays_active_until_it_is_answered() {
     in_both_modes(|doorbell| {
-        for answer in [tfh::Opc::WRITE_RESTART, tfh::Opc::USER_POLLING_MODE, tfh::Opc::EXCEPTION] {
+        for answer in [
+            tfh::Opc::WRITE_RESTART,
+            tfh::Opc::USER_POLLING_MODE,
+            tfh::Opc::EXCEPTION,
+        ] {
             let rig = Rig::new(config(doorbell));
             rig.start(Mode::FaultMap);
             rig.map_range(ASID, VA, 0, PAGE);
@@ -113,7 +121,17 @@ fn test_interrupt_when_fault_map_miss_is_unserved_stays_active_until_it_is_answe
             (0..20).for_each(|_| rig.purge(3, 0x777, 0, 1));
             assert_eq!(rig.cch(0).status(), HandleStatus::ACTIVE, "{answer:?}");
             let (asid, va, _) = rig.miss(2);
-            rig.fill_operands(2, asid, va, Pte { offset: 0, writable: true, shift: 12, tag: 0 });
+            rig.fill_operands(
+                2,
+                asid,
+                va,
+                Pte {
+                    offset: 0,
+                    writable: true,
+                    shift: 12,
+                    tag: 0,
+                },
+            );
             rig.tfh_command(2, answer);
             assert_eq!(rig.cch_wait(0), Ok(()));
             assert_eq!(rig.cch(0).state(), State::INTERRUPTED);
@@ -128,7 +146,10 @@ fn test_interrupt_when_fault_map_miss_is_unserved_stays_active_until_it_is_answe
                 }
                 tfh::Opc::USER_POLLING_MODE => {
                     assert_eq!(rig.istatus(0), Status::CALL_OS);
-                    assert_eq!(rig.cbe_status(0b1010, 0).cbrstate(), cbe::State::INTERRUPTED_MISS_UPM);
+                    assert_eq!(
+                        rig.cbe_status(0b1010, 0).cbrstate(),
+                        cbe::State::INTERRUPTED_MISS_UPM
+                    );
                     // Miss and TFH survive INTERRUPT and START (17.2).
                     rig.cch_do(0, Opc::START).unwrap();
                     assert_eq!(rig.tfh(2).state(), tfh::State::MISS_UPM);
@@ -151,9 +172,14 @@ fn test_cch_when_interrupt_is_pending_refuses_others_as_busy() {
     rig.cch_send(0, rig.cch(0).with_opc(Opc::INTERRUPT));
     rig.cch_send(0, cch::Control::new().with_opc(Opc::DEALLOCATE));
     let control = rig.cch(0);
-    assert_eq!((control.status(), control.cause()), (HandleStatus::EXCEPTION, Cause::CCH_BUSY));
+    assert_eq!(
+        (control.status(), control.cause()),
+        (HandleStatus::EXCEPTION, Cause::CCH_BUSY)
+    );
     rig.serve_cbr(2);
-    rig.until("the interrupt", || (rig.cch(0).state() == State::INTERRUPTED).then_some(()));
+    rig.until("the interrupt", || {
+        (rig.cch(0).state() == State::INTERRUPTED).then_some(())
+    });
 }
 
 #[test]
@@ -165,7 +191,10 @@ fn test_interrupt_when_a_long_copy_runs_stops_it_and_start_resumes_it() {
         rig.map_range(ASID, VA, 0, len);
         rig.map_range(ASID, VA + 0x1000_0000, 4 << 20, len);
         let source = rig.fill_memory(0, len as usize, 3);
-        rig.issue(0, Instruction::bcopy(VA, VA + 0x1000_0000, 0, 4, XType::DWORD, len / 8));
+        rig.issue(
+            0,
+            Instruction::bcopy(VA, VA + 0x1000_0000, 0, 4, XType::DWORD, len / 8),
+        );
         let mut interrupts = 0;
         rig.until("the copy", || {
             rig.serve();
@@ -193,14 +222,19 @@ fn test_context_when_saved_in_a_miss_and_loaded_elsewhere_finishes_its_instructi
         rig.ds_write(0, &[0; 8192]);
         rig.issue(1, Instruction::vload(VA, 0, XType::DWORD, 1024, 1));
         // The first page is served; the instruction waits in the middle.
-        rig.until("the first miss", || (rig.istatus(1) == Status::CALL_OS).then_some(()));
+        rig.until("the first miss", || {
+            (rig.istatus(1) == Status::CALL_OS).then_some(())
+        });
         rig.serve_cbr(3);
         rig.until("the second miss", || {
             let second = rig.load(Rig::tfh_at(3) + tfh::MISSVADDR) == VA + PAGE;
             (second && rig.istatus(1) == Status::CALL_OS).then_some(())
         });
         rig.cch_do(0, Opc::INTERRUPT_SYNC).unwrap();
-        assert_eq!(rig.cbe_status(0b1010, 1).cbrstate(), cbe::State::INTERRUPTED_MISS_UPM);
+        assert_eq!(
+            rig.cbe_status(0b1010, 1).cbrstate(),
+            cbe::State::INTERRUPTED_MISS_UPM
+        );
         let cbs = [2, 3, 6, 7];
         let image = |at: u64| (0..8).map(|word| rig.load(at + 8 * word)).collect::<Vec<_>>();
         let saved: Vec<_> = cbs

@@ -8,14 +8,24 @@ const VA: u64 = 0x7000_0000;
 #[test]
 fn test_engines_when_nothing_happens_cost_nothing() {
     in_both_modes(|doorbell| {
-        let rig = Rig::new(GruConfig { doorbell, ..GruConfig::default() });
+        let rig = Rig::new(GruConfig {
+            doorbell,
+            ..GruConfig::default()
+        });
         rig.start(Mode::FaultMap);
         rig.map_range(ASID, VA, 0, PAGE);
         rig.run_ok(0, Instruction::vload(VA, 0, XType::DWORD, 1, 1));
         // An instruction that waits for its miss is no work either.
         rig.issue(1, Instruction::vload(VA + 8 * PAGE, 0, XType::DWORD, 1, 1));
         rig.wait_fault(0, 3);
-        let awake = || rig.gru.hardware.wake.status().word32(pci::STATUS_OFFSET).load(Ordering::SeqCst);
+        let awake = || {
+            rig.gru
+                .hardware
+                .wake
+                .status()
+                .word32(pci::STATUS_OFFSET)
+                .load(Ordering::SeqCst)
+        };
         rig.until("sleep", || (awake() == 0).then_some(()));
         let parks = rig.gru.stats().parks;
         let cpu = rig.engine_cpu();
@@ -46,7 +56,14 @@ fn test_ioeventfd_when_written_stands_for_the_doorbell_page() {
     let bells = rig.gru.io_eventfds(pci::BAR_DOORBELL);
     assert_eq!((bells.len(), bells[0].offset), (1, 0));
     assert!(rig.gru.io_eventfds(pci::BAR_CHIPLETS).is_empty());
-    let awake = || rig.gru.hardware.wake.status().word32(pci::STATUS_OFFSET).load(Ordering::SeqCst);
+    let awake = || {
+        rig.gru
+            .hardware
+            .wake
+            .status()
+            .word32(pci::STATUS_OFFSET)
+            .load(Ordering::SeqCst)
+    };
     for _ in 0..50 {
         rig.until("sleep", || (awake() == 0).then_some(()));
         rig.store(0, Instruction::nop().control.into_bits());
@@ -82,7 +99,10 @@ fn test_reset_when_work_is_running_leaves_nothing_behind() {
             // And the device works as after power-on.
             rig.start(Mode::FaultMap);
             rig.run_ok(2, Instruction::nop());
-            assert!(rig.bytes(0, 1 << 20) == before, "nothing was stored after the reset");
+            assert!(
+                rig.bytes(0, 1 << 20) == before,
+                "nothing was stored after the reset"
+            );
             rig.run_ok(0, Instruction::vset(VA, 5, XType::DWORD, 1, 1));
             assert_eq!(rig.word(0), 5);
         }
@@ -105,13 +125,31 @@ fn test_stop_when_work_is_running_is_prompt() {
 
 #[test]
 fn test_new_when_configuration_is_impossible_is_refused() {
-    let context = || ModelContext { dma: Space::new(), interrupts: Interrupts::new(pci::VECTORS) };
+    let context = || ModelContext {
+        dma: Space::new(),
+        interrupts: Interrupts::new(pci::VECTORS),
+    };
     for engines in [0, 17] {
-        let error = Gru::new(context(), GruConfig { engines, ..GruConfig::default() }).unwrap_err();
+        let error = Gru::new(
+            context(),
+            GruConfig {
+                engines,
+                ..GruConfig::default()
+            },
+        )
+        .unwrap_err();
         assert!(matches!(error, super::super::GruError::Engines(n) if n == engines));
     }
     let faults = "drain-delay".parse().unwrap();
-    let error = Gru::new(context(), GruConfig { engines: 1, faults, ..GruConfig::default() }).unwrap_err();
+    let error = Gru::new(
+        context(),
+        GruConfig {
+            engines: 1,
+            faults,
+            ..GruConfig::default()
+        },
+    )
+    .unwrap_err();
     assert!(error.to_string().contains("at least 2"), "{error}");
 }
 

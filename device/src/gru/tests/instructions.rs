@@ -30,7 +30,9 @@ fn write_va(rig: &Rig, va: u64, bytes: &[u8]) {
 }
 
 fn noise(len: usize, seed: u8) -> Vec<u8> {
-    (0..len).map(|i| (i as u8).wrapping_mul(31).wrapping_add(seed) ^ (i >> 8) as u8).collect()
+    (0..len)
+        .map(|i| (i as u8).wrapping_mul(31).wrapping_add(seed) ^ (i >> 8) as u8)
+        .collect()
 }
 
 const VA: u64 = 0x7f00_0000_0000;
@@ -73,7 +75,10 @@ fn test_vstore_when_range_crosses_pages_stores_exactly_the_range() {
         rig.run_ok(1, Instruction::vstore(VA + 3, 0, XType::BYTE, 8000, 1));
         assert_eq!(read_va(&rig, VA + 3, 8000), bytes);
         assert_eq!(read_va(&rig, VA, 3), noise(3, 9));
-        assert_eq!(read_va(&rig, VA + 8003, 64), noise(3 * PAGE as usize, 9)[8003..8067]);
+        assert_eq!(
+            read_va(&rig, VA + 8003, 64),
+            noise(3 * PAGE as usize, 9)[8003..8067]
+        );
     });
 }
 
@@ -112,7 +117,10 @@ fn test_indexed_when_offsets_are_bytes_gathers_scatters_and_sets() {
         let vector: Vec<u8> = offsets.iter().flat_map(|o| o.to_le_bytes()).collect();
         rig.ds_write(4096, &vector);
         rig.run_ok(2, Instruction::ivload(VA, 0, 4096, XType::DWORD, 64));
-        let expected: Vec<u8> = offsets.iter().flat_map(|&o| all[o as usize..][..8].to_vec()).collect();
+        let expected: Vec<u8> = offsets
+            .iter()
+            .flat_map(|&o| all[o as usize..][..8].to_vec())
+            .collect();
         assert_eq!(rig.ds_read(0, 512), expected);
         let data = noise(512, 120);
         rig.ds_write(0, &data);
@@ -135,7 +143,10 @@ fn test_indexed_when_offsets_are_bytes_gathers_scatters_and_sets() {
 
 #[test]
 fn test_indexed_when_unit_is_elements_scales() {
-    let rig = Rig::new(GruConfig { index_unit: super::super::IndexUnit::Elements, ..config(Doorbell::Trap) });
+    let rig = Rig::new(GruConfig {
+        index_unit: super::super::IndexUnit::Elements,
+        ..config(Doorbell::Trap)
+    });
     rig.start(Mode::FaultMap);
     rig.map_range(ASID, VA, 0, PAGE);
     let all = rig.fill_memory(0, PAGE as usize, 5);
@@ -150,16 +161,26 @@ fn test_vset_when_strided_or_not_sets_exactly_the_elements() {
     rig.start(Mode::UserPolling);
     scatter(&rig, VA, 40);
     // More than one step: 150 KB.
-    rig.run_ok(0, Instruction::vset(VA + 8, 0x1122_3344_5566_7788, XType::DWORD, 19200, 1));
+    rig.run_ok(
+        0,
+        Instruction::vset(VA + 8, 0x1122_3344_5566_7788, XType::DWORD, 19200, 1),
+    );
     let bytes = read_va(&rig, VA, 153_700);
     assert_eq!(bytes[..8], [0; 8]);
-    assert!(bytes[8..153_608].chunks(8).all(|c| c == 0x1122_3344_5566_7788u64.to_le_bytes()));
+    assert!(
+        bytes[8..153_608]
+            .chunks(8)
+            .all(|c| c == 0x1122_3344_5566_7788u64.to_le_bytes())
+    );
     assert_eq!(bytes[153_608..], [0; 92]);
     rig.run_ok(0, Instruction::vset(VA, 0xabcd, XType::BYTE, 100, 3));
     let bytes = read_va(&rig, VA, 300);
     assert!((0..100).all(|i| bytes[3 * i] == 0xcd));
     assert!((3..100).all(|i| bytes[3 * i + 1] != 0xcd));
-    rig.run_ok(0, Instruction::vset(VA, 0x0101_0101_0101_0101, XType::CACHE_LINE, 2, 1));
+    rig.run_ok(
+        0,
+        Instruction::vset(VA, 0x0101_0101_0101_0101, XType::CACHE_LINE, 2, 1),
+    );
     assert_eq!(read_va(&rig, VA, 128), [1; 128]);
 }
 
@@ -178,7 +199,11 @@ fn test_bcopy_when_both_sides_miss_often_copies_everything() {
             assert!(rig.bytes((1 << 20) + 24, len as usize) == source);
             assert_eq!(rig.bytes(1 << 20, 24), [0; 24]);
             let misses = len.div_ceil(PAGE) + (len + 24).div_ceil(PAGE);
-            assert_eq!(rig.served.load(Ordering::Relaxed), misses, "one miss for each page");
+            assert_eq!(
+                rig.served.load(Ordering::Relaxed),
+                misses,
+                "one miss for each page"
+            );
             let cbe = |offset| rig.cbe_word(Rig::cbr(0b1010, 0), offset);
             assert_eq!(cbe(cbe::IDEF1UPD), VA + len);
             assert_eq!(cbe(cbe::IDEF3UPD), to + 24 + len);
@@ -194,21 +219,35 @@ fn test_bcopy_when_it_misses_shows_what_a_preloading_driver_needs() {
     rig.map_range(ASID, VA, 0, 4 * PAGE);
     rig.map_range(ASID, VA + 0x10_0000, 8 * PAGE, 4 * PAGE);
     let cbr = Rig::cbr(0b1010, 0);
-    rig.issue(0, Instruction::bcopy(VA, VA + 0x10_0000, 0, 2, XType::CACHE_LINE, 4 * PAGE / 64));
+    rig.issue(
+        0,
+        Instruction::bcopy(VA, VA + 0x10_0000, 0, 2, XType::CACHE_LINE, 4 * PAGE / 64),
+    );
     let mut seen = Vec::new();
     rig.until("the copy", || {
         for cbr in rig.take_faults(0) {
             let (_, va, write) = rig.miss(cbr);
             let exact = if write { cbe::IDEF3UPD } else { cbe::IDEF1UPD };
             assert_eq!(rig.cbe_word(cbr, exact), va);
-            seen.push((rig.cbe_word(cbr, cbe::IDEF6CPY), rig.cbe_word(cbr, cbe::IDEF5UPD), write));
+            seen.push((
+                rig.cbe_word(cbr, cbe::IDEF6CPY),
+                rig.cbe_word(cbr, cbe::IDEF5UPD),
+                write,
+            ));
             rig.serve_cbr(cbr);
         }
         rig.ended(0)
     });
     assert_eq!(rig.cbe_status(0b1010, 0).cbrstate(), cbe::State::IDLE);
     let lines = PAGE / 64;
-    assert_eq!(seen[..3], [(4 * lines, 4 * lines, false), (4 * lines, 4 * lines, true), (3 * lines, 3 * lines, false)]);
+    assert_eq!(
+        seen[..3],
+        [
+            (4 * lines, 4 * lines, false),
+            (4 * lines, 4 * lines, true),
+            (3 * lines, 3 * lines, false)
+        ]
+    );
     assert_eq!(cbr, 2);
 }
 
@@ -256,7 +295,10 @@ fn test_atomics_when_32_bit_leave_the_neighbour_alone() {
     rig.set_word(16, 0xffff_ffff_0000_0007);
     rig.run_ok(0, Instruction::gamir(VA + 20, ImplicitOp::INC, XType::WORD));
     assert_eq!((rig.avalue(0), rig.word(16)), (0xffff_ffff, 7));
-    rig.run_ok(0, Instruction::gamer(VA + 16, ExplicitOp::ADD, 0x5_0000_0001, 0, XType::WORD));
+    rig.run_ok(
+        0,
+        Instruction::gamer(VA + 16, ExplicitOp::ADD, 0x5_0000_0001, 0, XType::WORD),
+    );
     assert_eq!((rig.avalue(0), rig.word(16)), (7, 8));
 }
 
@@ -302,7 +344,12 @@ fn test_tag_when_several_translations_are_used_is_the_smallest() {
     let rig = Rig::new(config(Doorbell::Trap));
     rig.start(Mode::FaultMap);
     for (page, tag) in [(0u64, 9), (1, 4), (2, 7)] {
-        let pte = Pte { offset: page * PAGE, writable: true, shift: 12, tag };
+        let pte = Pte {
+            offset: page * PAGE,
+            writable: true,
+            shift: 12,
+            tag,
+        };
         rig.pages.lock().unwrap().insert((ASID, VA / PAGE + page), pte);
     }
     rig.run_ok(0, Instruction::vload(VA, 0, XType::DWORD, 1024, 1));
@@ -325,19 +372,55 @@ fn test_exceptions_when_instruction_is_wrong_name_the_cause() {
         };
         let bytes = 8192;
         let cases = [
-            (with(&|i| i.control = i.control.with_opc(Opc::MESQ)), ecause::INVALID_INSTRUCTION),
-            (with(&|i| i.control = i.control.with_opc(Opc(0x77))), ecause::INVALID_INSTRUCTION),
-            (with(&|i| i.control = i.control.with_xtype(XType(4))), ecause::INVALID_INSTRUCTION),
-            (Instruction::gamir(VA + 4, ImplicitOp::INC, XType::DWORD), ecause::INVALID_INSTRUCTION),
-            (Instruction::gamir(VA, ImplicitOp(0x33), XType::DWORD), ecause::INVALID_INSTRUCTION),
-            (Instruction::gamer(VA, ExplicitOp::ADD, 1, 0, XType::SHORT), ecause::INVALID_INSTRUCTION),
-            (with(&|i| i.control = i.control.with_ima(cb::ima::UNMAPPED)), ecause::UNMAPPED_MODE_FORBIDDEN),
-            (with(&|i| i.control = i.control.with_iaa0(1)), ecause::IAA_GAA_MISMATCH),
-            (with(&|i| i.nelem = bytes / 8 + 1), ecause::DATA_SEGMENT_LIMIT_EXCEEDED),
+            (
+                with(&|i| i.control = i.control.with_opc(Opc::MESQ)),
+                ecause::INVALID_INSTRUCTION,
+            ),
+            (
+                with(&|i| i.control = i.control.with_opc(Opc(0x77))),
+                ecause::INVALID_INSTRUCTION,
+            ),
+            (
+                with(&|i| i.control = i.control.with_xtype(XType(4))),
+                ecause::INVALID_INSTRUCTION,
+            ),
+            (
+                Instruction::gamir(VA + 4, ImplicitOp::INC, XType::DWORD),
+                ecause::INVALID_INSTRUCTION,
+            ),
+            (
+                Instruction::gamir(VA, ImplicitOp(0x33), XType::DWORD),
+                ecause::INVALID_INSTRUCTION,
+            ),
+            (
+                Instruction::gamer(VA, ExplicitOp::ADD, 1, 0, XType::SHORT),
+                ecause::INVALID_INSTRUCTION,
+            ),
+            (
+                with(&|i| i.control = i.control.with_ima(cb::ima::UNMAPPED)),
+                ecause::UNMAPPED_MODE_FORBIDDEN,
+            ),
+            (
+                with(&|i| i.control = i.control.with_iaa0(1)),
+                ecause::IAA_GAA_MISMATCH,
+            ),
+            (
+                with(&|i| i.nelem = bytes / 8 + 1),
+                ecause::DATA_SEGMENT_LIMIT_EXCEEDED,
+            ),
             (with(&|i| i.nelem = u64::MAX), ecause::DATA_SEGMENT_LIMIT_EXCEEDED),
-            (with(&|i| i.control = i.control.with_tri0(8192)), ecause::DATA_SEGMENT_LIMIT_EXCEEDED),
-            (Instruction::ivload(VA, 0, 8192 - 8, XType::BYTE, 2), ecause::DATA_SEGMENT_LIMIT_EXCEEDED),
-            (Instruction::bcopy(VA, VA, 8192, 1, XType::BYTE, 1), ecause::DATA_SEGMENT_LIMIT_EXCEEDED),
+            (
+                with(&|i| i.control = i.control.with_tri0(8192)),
+                ecause::DATA_SEGMENT_LIMIT_EXCEEDED,
+            ),
+            (
+                Instruction::ivload(VA, 0, 8192 - 8, XType::BYTE, 2),
+                ecause::DATA_SEGMENT_LIMIT_EXCEEDED,
+            ),
+            (
+                Instruction::bcopy(VA, VA, 8192, 1, XType::BYTE, 1),
+                ecause::DATA_SEGMENT_LIMIT_EXCEEDED,
+            ),
             (with(&|i| i.baddr0 = 0xdead_0000), ecause::OS_FATAL_TLB_FAULT),
         ];
         for (number, (instruction, cause)) in cases.into_iter().enumerate() {

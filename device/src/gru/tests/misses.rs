@@ -8,7 +8,12 @@ const VA: u64 = 0x7000_0000;
 const CBR: usize = 2;
 
 fn pte(offset: u64, writable: bool) -> Pte {
-    Pte { offset, writable, shift: 12, tag: 0 }
+    Pte {
+        offset,
+        writable,
+        shift: 12,
+        tag: 0,
+    }
 }
 
 fn vload(va: u64) -> Instruction {
@@ -33,10 +38,17 @@ fn test_fault_map_miss_when_reported_has_every_field_bit_and_vector() {
         let control = rig.tfh(81);
         assert_eq!(control.state(), tfh::State::MISS_FMM);
         assert_eq!(control.cause(), tfh::Cause::TLB_MISS);
-        assert_eq!((control.ctxnum(), control.cb_int(), control.cmd()), (3, true, false));
+        assert_eq!(
+            (control.ctxnum(), control.cb_int(), control.cmd()),
+            (3, true, false)
+        );
         assert_eq!(rig.miss(81), (ASID + 24, VA + 24, false));
         rig.until("the vector", || (rig.interrupts(3) > 0).then_some(()));
-        assert_eq!((0..32).map(|vector| rig.interrupts(vector)).sum::<u64>(), 0, "no other vector");
+        assert_eq!(
+            (0..32).map(|vector| rig.interrupts(vector)).sum::<u64>(),
+            0,
+            "no other vector"
+        );
         let at = 3 * map::GSEG_STRIDE + Rig::cb_at(1);
         assert_eq!(cb::Control::from_bits(rig.load(at)).istatus(), Status::ACTIVE);
         assert_eq!(rig.cbe_status(1 << 40, 1).cbrstate(), cbe::State::WAIT_RESPONSE);
@@ -71,7 +83,10 @@ fn test_tfh_when_fault_map_miss_is_converted_goes_to_user_polling() {
         rig.tfh_command(CBR, tfh::Opc::USER_POLLING_MODE);
         rig.until("CALL_OS", || (rig.istatus(0) == Status::CALL_OS).then_some(()));
         let control = rig.tfh(CBR);
-        assert_eq!((control.state(), control.status()), (tfh::State::MISS_UPM, HandleStatus::EXCEPTION));
+        assert_eq!(
+            (control.state(), control.status()),
+            (tfh::State::MISS_UPM, HandleStatus::EXCEPTION)
+        );
         assert_eq!(control.cause(), tfh::Cause::TLB_MISS);
         assert_eq!(rig.finish(0), Status::IDLE);
     });
@@ -101,7 +116,10 @@ fn test_s11_store_when_entry_is_clean_reports_tlb_mod_once() {
 #[test]
 fn test_store_when_no_entry_exists_reports_the_configured_cause() {
     for cause in [tfh::Cause::TLB_MOD, tfh::Cause::TLB_MISS] {
-        let rig = Rig::new(GruConfig { store_miss_cause: cause, ..config(Doorbell::Trap) });
+        let rig = Rig::new(GruConfig {
+            store_miss_cause: cause,
+            ..config(Doorbell::Trap)
+        });
         rig.start(Mode::FaultMap);
         rig.issue(0, vset(VA, 1));
         rig.wait_fault(0, CBR);
@@ -125,8 +143,14 @@ fn test_atomic_fetch_when_entry_is_clean_does_not_ask_for_a_writable_one() {
     rig.run_ok(0, Instruction::gamir(VA + 8, ImplicitOp::FETCH, XType::DWORD));
     assert_eq!(rig.avalue(0), 41);
     // The store wants more, and there is no more.
-    assert_eq!(rig.run(0, Instruction::gamir(VA + 8, ImplicitOp::INC, XType::DWORD)), Status::EXCEPTION);
-    assert_eq!((rig.word(8), rig.cbe_status(0b1010, 0).ecause()), (41, ecause::OS_FATAL_TLB_FAULT));
+    assert_eq!(
+        rig.run(0, Instruction::gamir(VA + 8, ImplicitOp::INC, XType::DWORD)),
+        Status::EXCEPTION
+    );
+    assert_eq!(
+        (rig.word(8), rig.cbe_status(0b1010, 0).ecause()),
+        (41, ecause::OS_FATAL_TLB_FAULT)
+    );
 }
 
 #[test]
@@ -172,7 +196,10 @@ fn test_exception_when_miss_is_answered_with_it_aborts_in_both_reporting_modes()
         rig.start(mode);
         rig.map_range(ASID, VA, 0, PAGE);
         // The second page is not there: the first part is done.
-        assert_eq!(rig.run(0, Instruction::vset(VA, 9, XType::DWORD, 1024, 1)), Status::EXCEPTION);
+        assert_eq!(
+            rig.run(0, Instruction::vset(VA, 9, XType::DWORD, 1024, 1)),
+            Status::EXCEPTION
+        );
         assert_eq!(rig.cbe_status(0b1010, 0).ecause(), ecause::OS_FATAL_TLB_FAULT);
         assert_eq!(rig.cbe_word(CBR, cbe::IDEF1UPD), VA + PAGE, "exceptdet0");
         assert_eq!(rig.word(4088), 9);
@@ -200,9 +227,18 @@ fn test_fill_when_operands_are_wrong_ends_the_instruction_not_the_device() {
     };
     let at = Rig::tfh_at(CBR);
     let target = |pfn, code| tfh::Target::new().with_pfn(pfn).with_pagesize(code).into_bits();
-    fail(&|| rig.store(at + tfh::TARGET, target(0x5, 0)), ecause::ADDRESS_SPACE_DECODE_ERROR);
-    fail(&|| rig.store(at + tfh::TARGET, target(IOVA >> 12, 11)), ecause::TLBHW_ERROR);
-    fail(&|| rig.store(at + tfh::TARGET, target(IOVA >> 12, 31)), ecause::TLBHW_ERROR);
+    fail(
+        &|| rig.store(at + tfh::TARGET, target(0x5, 0)),
+        ecause::ADDRESS_SPACE_DECODE_ERROR,
+    );
+    fail(
+        &|| rig.store(at + tfh::TARGET, target(IOVA >> 12, 11)),
+        ecause::TLBHW_ERROR,
+    );
+    fail(
+        &|| rig.store(at + tfh::TARGET, target(IOVA >> 12, 31)),
+        ecause::TLBHW_ERROR,
+    );
     assert_eq!(rig.tfh(CBR).state(), tfh::State::HW_ERR);
     let gaa = || {
         let asids = tfh::Asids::from_bits(rig.load(at + tfh::ASIDS)).with_gaa(1);
@@ -222,7 +258,12 @@ fn test_tfh_command_when_no_miss_waits_enters_nothing_and_is_answered() {
     in_both_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
-        for opc in [tfh::Opc::WRITE_RESTART, tfh::Opc::WRITE_ONLY, tfh::Opc::EXCEPTION, tfh::Opc::USER_POLLING_MODE] {
+        for opc in [
+            tfh::Opc::WRITE_RESTART,
+            tfh::Opc::WRITE_ONLY,
+            tfh::Opc::EXCEPTION,
+            tfh::Opc::USER_POLLING_MODE,
+        ] {
             rig.fill_operands(CBR, ASID, VA, pte(0, true));
             rig.tfh_command(CBR, opc);
             assert_eq!(rig.tfh_wait(CBR), HandleStatus::IDLE, "{opc:?}");
@@ -240,7 +281,17 @@ fn test_large_page_when_filled_translates_all_of_it() {
     // 2 MiB of address space onto memory 2..4 MiB; the miss is in its second half.
     rig.issue(0, Instruction::vload(0x4010_0000, 0, XType::DWORD, 512, 1));
     rig.wait_fault(0, CBR);
-    rig.write_restart(CBR, ASID, 0x4010_0000, Pte { offset: 2 << 20, writable: true, shift: 21, tag: 1 });
+    rig.write_restart(
+        CBR,
+        ASID,
+        0x4010_0000,
+        Pte {
+            offset: 2 << 20,
+            writable: true,
+            shift: 21,
+            tag: 1,
+        },
+    );
     rig.until("the load", || rig.ended(0));
     assert_eq!(rig.ds_read(0, 4096), bytes);
     rig.issue(0, vset(0x401f_fff8, 3));

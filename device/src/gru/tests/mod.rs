@@ -67,7 +67,11 @@ struct Rig {
 }
 
 fn config(doorbell: Doorbell) -> GruConfig {
-    GruConfig { doorbell, spin: Duration::ZERO, ..GruConfig::default() }
+    GruConfig {
+        doorbell,
+        spin: Duration::ZERO,
+        ..GruConfig::default()
+    }
 }
 
 impl Rig {
@@ -81,7 +85,10 @@ impl Rig {
                 fd
             })
             .collect();
-        let context = ModelContext { dma: Arc::clone(&dma), interrupts: Arc::clone(&interrupts) };
+        let context = ModelContext {
+            dma: Arc::clone(&dma),
+            interrupts: Arc::clone(&interrupts),
+        };
         let gru = Gru::new(context, config).unwrap();
         let memory = File::from(rustix::fs::memfd_create("client", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
         memory.set_len(MEMORY).unwrap();
@@ -89,7 +96,16 @@ impl Rig {
         dma.map(IOVA, MEMORY, fd, 0, Prot::READ_WRITE).unwrap();
         let doorbell = config.doorbell;
         let pages = Mutex::default();
-        Arc::new(Self { gru, dma, interrupts, vectors, memory, doorbell, pages, served: AtomicU64::new(0) })
+        Arc::new(Self {
+            gru,
+            dma,
+            interrupts,
+            vectors,
+            memory,
+            doorbell,
+            pages,
+            served: AtomicU64::new(0),
+        })
     }
 
     // ---- words ----
@@ -108,12 +124,19 @@ impl Rig {
     fn store(&self, offset: u64, value: u64) {
         match self.doorbell {
             Doorbell::Trap => self.trap_store(offset, value),
-            Doorbell::Poll => self.gru.hardware.memory.word(offset).store(value, Ordering::Release),
+            Doorbell::Poll => self
+                .gru
+                .hardware
+                .memory
+                .word(offset)
+                .store(value, Ordering::Release),
         }
     }
 
     fn trap_store(&self, offset: u64, value: u64) {
-        self.gru.bar_write(pci::BAR_CHIPLETS, offset, &value.to_le_bytes()).unwrap();
+        self.gru
+            .bar_write(pci::BAR_CHIPLETS, offset, &value.to_le_bytes())
+            .unwrap();
     }
 
     /// What a mapped client does after a store that starts something.
@@ -126,7 +149,9 @@ impl Rig {
         let at = pci::STATUS_OFFSET + pci::STATUS_AWAKE;
         self.gru.bar_read(pci::BAR_DOORBELL, at, &mut awake).unwrap();
         if u32::from_le_bytes(awake) == 0 {
-            self.gru.bar_write(pci::BAR_DOORBELL, pci::DOORBELL_OFFSET, &[1]).unwrap();
+            self.gru
+                .bar_write(pci::BAR_DOORBELL, pci::DOORBELL_OFFSET, &[1])
+                .unwrap();
         }
     }
 
@@ -136,7 +161,11 @@ impl Rig {
             if let Some(found) = look() {
                 return found;
             }
-            assert!(Instant::now() < deadline, "waiting for {what}; state: {:#}", self.gru.dump());
+            assert!(
+                Instant::now() < deadline,
+                "waiting for {what}; state: {:#}",
+                self.gru.dump()
+            );
             std::thread::yield_now();
         }
     }
@@ -172,7 +201,12 @@ impl Rig {
     }
 
     fn map_page(&self, asid: u32, va: u64, offset: u64, writable: bool) {
-        let pte = Pte { offset, writable, shift: 12, tag: 0 };
+        let pte = Pte {
+            offset,
+            writable,
+            shift: 12,
+            tag: 0,
+        };
         self.pages.lock().unwrap().insert((asid, va / PAGE), pte);
     }
 
@@ -196,7 +230,9 @@ impl Rig {
 
     fn cch(&self, context: usize) -> cch::Control {
         let mut bytes = [0; 8];
-        self.gru.bar_read(pci::BAR_CHIPLETS, Self::cch_at(context), &mut bytes).unwrap();
+        self.gru
+            .bar_read(pci::BAR_CHIPLETS, Self::cch_at(context), &mut bytes)
+            .unwrap();
         cch::Control::from_bits(u64::from_le_bytes(bytes))
     }
 
@@ -206,7 +242,11 @@ impl Rig {
             (control.status() != HandleStatus::ACTIVE).then_some(control)
         });
         assert!(!control.cmd());
-        if control.status() == HandleStatus::IDLE { Ok(()) } else { Err(control.cause()) }
+        if control.status() == HandleStatus::IDLE {
+            Ok(())
+        } else {
+            Err(control.cause())
+        }
     }
 
     fn cch_do(&self, context: usize, opc: cch::Opc) -> Result<(), cch::Cause> {
@@ -253,7 +293,10 @@ impl Rig {
         for (index, word) in bytes.chunks(8).enumerate() {
             let mut padded = [0; 8];
             padded[..word.len()].copy_from_slice(word);
-            self.store(map::GSEG_DS + offset + 8 * index as u64, u64::from_le_bytes(padded));
+            self.store(
+                map::GSEG_DS + offset + 8 * index as u64,
+                u64::from_le_bytes(padded),
+            );
         }
     }
 
@@ -307,7 +350,12 @@ impl Rig {
     }
 
     fn run_ok(&self, cb: usize, instruction: Instruction) {
-        assert_eq!(self.run(cb, instruction), Status::IDLE, "ecause {:#x}", self.cbe_status(0b1010, cb).ecause());
+        assert_eq!(
+            self.run(cb, instruction),
+            Status::IDLE,
+            "ecause {:#x}",
+            self.cbe_status(0b1010, cb).ecause()
+        );
     }
 
     fn avalue(&self, cb: usize) -> u64 {
@@ -386,7 +434,11 @@ impl Rig {
 
     fn miss(&self, cbr: usize) -> (u32, u64, bool) {
         let control = self.tfh(cbr);
-        assert_eq!(control.status(), HandleStatus::EXCEPTION, "CBR {cbr} has a miss: {control:?}");
+        assert_eq!(
+            control.status(),
+            HandleStatus::EXCEPTION,
+            "CBR {cbr} has a miss: {control:?}"
+        );
         let va = self.load(Self::tfh_at(cbr) + tfh::MISSVADDR);
         let asids = tfh::Asids::from_bits(self.load(Self::tfh_at(cbr) + tfh::ASIDS));
         (asids.missasid(), va, tfh::is_write(control.cause()))
@@ -395,7 +447,10 @@ impl Rig {
     fn fill_operands(&self, cbr: usize, asid: u32, va: u64, pte: Pte) {
         let at = Self::tfh_at(cbr);
         let asids = tfh::Asids::from_bits(self.load(at + tfh::ASIDS));
-        let asids = asids.with_fillasid(asid).with_dirty(pte.writable).with_gaa(tfh::GAA_RAM);
+        let asids = asids
+            .with_fillasid(asid)
+            .with_dirty(pte.writable)
+            .with_gaa(tfh::GAA_RAM);
         self.store(at + tfh::ASIDS, asids.into_bits());
         let target = tfh::Target::new().with_pfn((IOVA + pte.offset) >> 12);
         let target = target.with_pagesize(page_size::code_of_shift(pte.shift).unwrap());
@@ -411,7 +466,11 @@ impl Rig {
 
     /// Stores DW0 absolutely.
     fn tfh_command(&self, cbr: usize, opc: tfh::Opc) {
-        let control = self.tfh(cbr).with_opc(opc).with_cmd(true).with_status(HandleStatus::ACTIVE);
+        let control = self
+            .tfh(cbr)
+            .with_opc(opc)
+            .with_cmd(true)
+            .with_status(HandleStatus::ACTIVE);
         self.store(Self::tfh_at(cbr), control.into_bits());
         self.ring_if_asleep();
     }
@@ -425,7 +484,9 @@ impl Rig {
 
     /// Waits until the CBR reports a fault-map miss, and takes its bit.
     fn wait_fault(&self, tfm: usize, cbr: usize) {
-        self.until("a fault-map miss", || self.take_faults(tfm).contains(&cbr).then_some(()));
+        self.until("a fault-map miss", || {
+            self.take_faults(tfm).contains(&cbr).then_some(())
+        });
     }
 
     // ---- purges ----
@@ -440,12 +501,16 @@ impl Rig {
         let count = tgh::Count::new().with_vaddrmask(tgh::VADDRMASK_ALL).with_n(n);
         self.store(at + tgh::COUNT, count.into_bits());
         self.store(at + tgh::CTXBITMAP, 0xffff);
-        let go = tgh::Control::new().with_cmd(true).with_opc(tgh::Opc::TLBINV).with_status(HandleStatus::ACTIVE);
+        let go = tgh::Control::new()
+            .with_cmd(true)
+            .with_opc(tgh::Opc::TLBINV)
+            .with_status(HandleStatus::ACTIVE);
         self.store(at, go.into_bits());
         self.ring_if_asleep();
         self.until("a TLBINV", || {
             let control = tgh::Control::from_bits(self.load(at));
-            (control.status() != HandleStatus::ACTIVE).then(|| assert_eq!(control.status(), HandleStatus::IDLE))
+            (control.status() != HandleStatus::ACTIVE)
+                .then(|| assert_eq!(control.status(), HandleStatus::IDLE))
         });
     }
 
@@ -491,7 +556,10 @@ fn thread_cpu(thread: &std::thread::JoinHandle<()>) -> Duration {
     // SAFETY: the handle is not joined, so the thread's id is valid; the result goes to a local.
     let found = unsafe { libc::pthread_getcpuclockid(thread.as_pthread_t(), &mut clock) };
     assert_eq!(found, 0);
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: writes the local.
     let read = unsafe { libc::clock_gettime(clock, &mut time) };
     assert_eq!(read, 0);

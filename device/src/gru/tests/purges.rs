@@ -12,7 +12,12 @@ fn vload(va: u64) -> Instruction {
 }
 
 fn pte(offset: u64) -> Pte {
-    Pte { offset, writable: true, shift: 12, tag: 0 }
+    Pte {
+        offset,
+        writable: true,
+        shift: 12,
+        tag: 0,
+    }
 }
 
 /// Loads the word behind `va` and says whether that needed a miss.
@@ -32,7 +37,11 @@ fn test_tlbinv_when_range_is_given_removes_that_range_and_nothing_else() {
         rig.purge(0, ASID, VA + 2 * PAGE, 3);
         rig.purge(1, ASID + 1, VA, 8);
         for page in 0..8 {
-            assert_eq!(misses(&rig, VA + page * PAGE), (2..5).contains(&page), "page {page}");
+            assert_eq!(
+                misses(&rig, VA + page * PAGE),
+                (2..5).contains(&page),
+                "page {page}"
+            );
         }
     });
 }
@@ -69,7 +78,17 @@ fn test_tlbinv_when_entry_is_larger_than_the_range_removes_it() {
     rig.start(Mode::FaultMap);
     rig.issue(0, vload(0x4000_0000));
     rig.wait_fault(0, CBR);
-    rig.write_restart(CBR, ASID, 0x4000_0000, Pte { offset: 0, writable: true, shift: 21, tag: 0 });
+    rig.write_restart(
+        CBR,
+        ASID,
+        0x4000_0000,
+        Pte {
+            offset: 0,
+            writable: true,
+            shift: 21,
+            tag: 0,
+        },
+    );
     rig.until("the load", || rig.ended(0));
     rig.purge(0, ASID, 0x4000_0000 + 77 * PAGE, 1);
     rig.issue(0, vload(0x4000_0000));
@@ -81,7 +100,10 @@ fn test_tlbinv_when_software_holds_the_lock_bit_leaves_it_set() {
     in_both_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         let at = map::TGH;
-        let go = tgh::Control::new().with_cmd(true).with_delresp(true).with_opc(tgh::Opc::TLBINV);
+        let go = tgh::Control::new()
+            .with_cmd(true)
+            .with_delresp(true)
+            .with_opc(tgh::Opc::TLBINV);
         rig.store(at, go.with_status(HandleStatus::ACTIVE).into_bits());
         rig.ring_if_asleep();
         let control = rig.until("a TLBINV", || {
@@ -89,7 +111,10 @@ fn test_tlbinv_when_software_holds_the_lock_bit_leaves_it_set() {
             (control.status() != HandleStatus::ACTIVE).then_some(control)
         });
         let idle = tgh::Control::new().with_delresp(true).with_opc(tgh::Opc::TLBINV);
-        assert_eq!(control, idle, "cmd, status, state, cause are clear; the lock is held");
+        assert_eq!(
+            control, idle,
+            "cmd, status, state, cause are clear; the lock is held"
+        );
     });
 }
 
@@ -103,7 +128,9 @@ fn test_s1_fill_when_purge_came_after_the_lookup_is_killed_and_misses_again() {
             rig.set_word(0, 111);
             rig.set_word(PAGE, 222);
             rig.issue(0, vload(VA));
-            rig.until("a miss", || (rig.tfh(CBR).status() == HandleStatus::EXCEPTION).then_some(()));
+            rig.until("a miss", || {
+                (rig.tfh(CBR).status() == HandleStatus::EXCEPTION).then_some(())
+            });
             rig.take_faults(0);
             rig.fill_operands(CBR, ASID, VA, pte(0));
             rig.purge(0, ASID, VA, 1);
@@ -162,7 +189,17 @@ fn test_fill_when_its_span_was_purged_beside_the_miss_is_killed() {
     rig.issue(0, vload(0x4000_0000));
     rig.wait_fault(0, CBR);
     rig.purge(0, ASID, 0x4010_0000, 1);
-    rig.write_restart(CBR, ASID, 0x4000_0000, Pte { offset: 0, writable: true, shift: 21, tag: 0 });
+    rig.write_restart(
+        CBR,
+        ASID,
+        0x4000_0000,
+        Pte {
+            offset: 0,
+            writable: true,
+            shift: 21,
+            tag: 0,
+        },
+    );
     rig.wait_fault(0, CBR);
     assert_eq!(rig.gru.stats().fills_killed, 1);
 }
@@ -199,13 +236,19 @@ fn test_s2_purge_when_copies_run_waits_for_them() {
                 rig.purge(0, ASID, VA, pages);
                 rig.memory.write_all_at(&poison, old).unwrap();
                 (0..20).for_each(|_| std::thread::yield_now());
-                assert!(rig.bytes(old, poison.len()) == poison, "a store landed after the completion, round {round}");
+                assert!(
+                    rig.bytes(old, poison.len()) == poison,
+                    "a store landed after the completion, round {round}"
+                );
             }
             stop.store(true, Ordering::SeqCst);
             assert!(copier.join().unwrap() >= 3);
         });
         let stats = rig.gru.stats();
-        assert!(stats.tlb[0].entries_purged > 0, "the purges met live entries: {stats:?}");
+        assert!(
+            stats.tlb[0].entries_purged > 0,
+            "the purges met live entries: {stats:?}"
+        );
     });
 }
 

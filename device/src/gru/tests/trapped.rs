@@ -23,7 +23,10 @@ fn test_gseg_when_context_is_not_allocated_reads_ones_and_ignores_writes() {
     // 4 control blocks and 8 KiB: what is beyond does not exist.
     assert_eq!(read(&rig, Rig::cb_at(3), 8), [0; 8]);
     assert_eq!(read(&rig, Rig::cb_at(4), 8), [0xff; 8]);
-    assert_eq!(read(&rig, map::GSEG_DS + 8184, 16), [vec![0; 8], vec![0xff; 8]].concat());
+    assert_eq!(
+        read(&rig, map::GSEG_DS + 8184, 16),
+        [vec![0; 8], vec![0xff; 8]].concat()
+    );
     assert_eq!(read(&rig, map::GSEG_STRIDE, 8), [0xff; 8]);
     rig.cch_do(0, cch::Opc::INTERRUPT).unwrap();
     rig.cch_do(0, cch::Opc::DEALLOCATE).unwrap();
@@ -34,7 +37,12 @@ fn test_gseg_when_context_is_not_allocated_reads_ones_and_ignores_writes() {
 fn test_access_when_outside_of_every_bar_is_an_error() {
     let rig = Rig::new(config(Doorbell::Trap));
     let mut bytes = [0; 8];
-    for (bar, offset) in [(1, 0), (2, pci::BAR_CHIPLETS_SIZE - 4), (2, u64::MAX - 3), (0, pci::BAR_DOORBELL_SIZE)] {
+    for (bar, offset) in [
+        (1, 0),
+        (2, pci::BAR_CHIPLETS_SIZE - 4),
+        (2, u64::MAX - 3),
+        (0, pci::BAR_DOORBELL_SIZE),
+    ] {
         assert_eq!(
             rig.gru.bar_read(bar, offset, &mut bytes),
             Err(crate::model::AccessError::Unassigned { bar, offset, len: 8 })
@@ -63,7 +71,9 @@ fn test_store_when_it_comes_in_pieces_starts_only_with_byte_zero() {
     write(&rig, 4, &[0; 4]);
     assert_eq!(rig.istatus(0), Status::IDLE);
     write(&rig, 0, &word[..4]);
-    rig.until("the instruction", || (rig.gru.stats().instructions == 1).then_some(()));
+    rig.until("the instruction", || {
+        (rig.gru.stats().instructions == 1).then_some(())
+    });
     assert_eq!(rig.finish(0), Status::IDLE);
 }
 
@@ -87,12 +97,26 @@ fn test_tfh_when_started_by_or_shows_active_until_answered() {
     rig.start(Mode::FaultMap);
     rig.issue(0, Instruction::vload(0x5000, 0, XType::DWORD, 1, 1));
     rig.wait_fault(0, 2);
-    rig.fill_operands(2, ASID, 0x9000, Pte { offset: 0, writable: true, shift: 12, tag: 0 });
+    rig.fill_operands(
+        2,
+        ASID,
+        0x9000,
+        Pte {
+            offset: 0,
+            writable: true,
+            shift: 12,
+            tag: 0,
+        },
+    );
     let control = rig.tfh(2).with_opc(tfh::Opc::WRITE_ONLY).into_bits() | 0x2_0001;
     assert_eq!(tfh::Control::from_bits(control).status(), HandleStatus(3));
     rig.store(Rig::tfh_at(2), control);
     assert_eq!(rig.tfh_wait(2), HandleStatus::IDLE);
-    assert_eq!(rig.gru.stats().fills, 1, "status left ACTIVE only when the fill was done");
+    assert_eq!(
+        rig.gru.stats().fills,
+        1,
+        "status left ACTIVE only when the fill was done"
+    );
 }
 
 #[test]
@@ -103,7 +127,9 @@ fn test_tfm_when_bits_arrive_between_read_and_write_keeps_them() {
     let at = map::TFM + map::tfm::FAULT_BITS;
     rig.until("the first miss", || (rig.load(at) == 1 << 2).then_some(()));
     rig.issue(1, Instruction::vload(0x6000, 0, XType::DWORD, 1, 1));
-    rig.until("the second miss", || (rig.gru.stats().misses == 2 && rig.interrupts(0) > 0).then_some(()));
+    rig.until("the second miss", || {
+        (rig.gru.stats().misses == 2 && rig.interrupts(0) > 0).then_some(())
+    });
     // The second half of the exchange: only what was read goes. Nothing goes twice.
     rig.store(at, 0);
     assert_eq!(rig.load(at), 1 << 3);
@@ -131,7 +157,10 @@ fn test_tgh_when_a_lock_attempt_carries_old_state_back_does_not_restart() {
     let rig = Rig::new(config(Doorbell::Trap));
     let at = map::TGH;
     // What the other CPU saw: command running, lock held.
-    let seen = tgh::Control::new().with_cmd(true).with_opc(tgh::Opc::TLBINV).with_delresp(true);
+    let seen = tgh::Control::new()
+        .with_cmd(true)
+        .with_opc(tgh::Opc::TLBINV)
+        .with_delresp(true);
     let seen = seen.with_status(HandleStatus::ACTIVE).into_bits();
     rig.gru.hardware.trapped.remember(at, u64::MAX, seen);
     rig.store(at, seen);
@@ -146,8 +175,16 @@ fn test_tgh_when_a_lock_attempt_carries_old_state_back_does_not_restart() {
 fn test_doorbell_bar_when_written_keeps_the_status_page() {
     let rig = Rig::new(config(Doorbell::Poll));
     let mut bytes = [0; 8];
-    rig.gru.bar_write(pci::BAR_DOORBELL, pci::STATUS_OFFSET + pci::STATUS_MAGIC, &[0; 8]).unwrap();
-    rig.gru.bar_read(pci::BAR_DOORBELL, pci::STATUS_OFFSET + pci::STATUS_MAGIC, &mut bytes).unwrap();
+    rig.gru
+        .bar_write(pci::BAR_DOORBELL, pci::STATUS_OFFSET + pci::STATUS_MAGIC, &[0; 8])
+        .unwrap();
+    rig.gru
+        .bar_read(
+            pci::BAR_DOORBELL,
+            pci::STATUS_OFFSET + pci::STATUS_MAGIC,
+            &mut bytes,
+        )
+        .unwrap();
     assert_eq!(&bytes, b"tlbgrust");
 }
 
@@ -160,14 +197,35 @@ fn test_bars_when_mode_is_trap_offer_nothing_to_map() {
     let status = bars[0].mmap.as_ref().unwrap();
     assert_eq!(status.areas, [(0x1000, 0x1000)]);
     let chiplets = bars[1].mmap.as_ref().unwrap();
-    let mapped = |offset| chiplets.areas.iter().any(|&(start, len)| (start..start + len).contains(&offset));
+    let mapped = |offset| {
+        chiplets
+            .areas
+            .iter()
+            .any(|&(start, len)| (start..start + len).contains(&offset))
+    };
     for base in [0, map::CHIPLET_SIZE] {
-        for offset in [0, 15 * map::GSEG_STRIDE, map::TFM, map::TGH + 23 * 256, map::TFH, map::TFH + 127 * 256] {
+        for offset in [
+            0,
+            15 * map::GSEG_STRIDE,
+            map::TFM,
+            map::TGH + 23 * 256,
+            map::TFH,
+            map::TFH + 127 * 256,
+        ] {
             assert!(mapped(base + offset), "{offset:#x}");
         }
-        assert!(![map::CBE, map::CBE + 127 * 256, map::CCH].iter().any(|&offset| mapped(base + offset)));
+        assert!(
+            ![map::CBE, map::CBE + 127 * 256, map::CCH]
+                .iter()
+                .any(|&offset| mapped(base + offset))
+        );
     }
-    assert!(chiplets.areas.iter().all(|&(start, len)| start % 4096 == 0 && len % 4096 == 0 && len > 0));
+    assert!(
+        chiplets
+            .areas
+            .iter()
+            .all(|&(start, len)| start % 4096 == 0 && len % 4096 == 0 && len > 0)
+    );
     // The file that clients get cannot be cut.
     assert!(rustix::fs::ftruncate(&chiplets.fd, 4096).is_err());
 }

@@ -14,7 +14,11 @@ fn plan(text: &str) -> FaultPlan {
 }
 
 fn rig(doorbell: Doorbell, broken: BreakPlan, faults: FaultPlan) -> Arc<Rig> {
-    let rig = Rig::new(GruConfig { broken, faults, ..config(doorbell) });
+    let rig = Rig::new(GruConfig {
+        broken,
+        faults,
+        ..config(doorbell)
+    });
     rig.start(Mode::FaultMap);
     rig
 }
@@ -43,7 +47,10 @@ fn load_after_a_late_dropin(rig: &Rig, round: u64) -> u64 {
 #[test]
 fn test_kill_bit_when_broken_and_dropin_is_late_lets_a_stale_translation_in() {
     in_both_modes(|doorbell| {
-        let broken = BreakPlan { kill_bit: true, ..BreakPlan::default() };
+        let broken = BreakPlan {
+            kill_bit: true,
+            ..BreakPlan::default()
+        };
         let rig = rig(doorbell, broken, plan("dropin-delay=1,margin-ms=1"));
         assert_eq!(load_after_a_late_dropin(&rig, 0), OLD);
         assert_eq!(rig.gru.stats().faults.fills_overtaken, 1);
@@ -53,12 +60,19 @@ fn test_kill_bit_when_broken_and_dropin_is_late_lets_a_stale_translation_in() {
 #[test]
 fn test_s1_kill_bit_when_on_and_dropin_is_late_lets_nothing_stale_in() {
     in_both_modes(|doorbell| {
-        let rig = rig(doorbell, BreakPlan::default(), plan("dropin-delay=2,seed=1,margin-ms=1,limit-ms=50"));
+        let rig = rig(
+            doorbell,
+            BreakPlan::default(),
+            plan("dropin-delay=2,seed=1,margin-ms=1,limit-ms=50"),
+        );
         for round in 0..10 {
             assert_eq!(load_after_a_late_dropin(&rig, round), NEW);
         }
         let stats = rig.gru.stats();
-        assert!(stats.faults.fills_overtaken >= 10, "the window was open: {stats:?}");
+        assert!(
+            stats.faults.fills_overtaken >= 10,
+            "the window was open: {stats:?}"
+        );
         assert_eq!(stats.fills_killed, stats.faults.fills_overtaken);
     });
 }
@@ -84,9 +98,16 @@ fn store_lands_after_purge(rig: &Rig) -> bool {
 #[test]
 fn test_drain_when_broken_and_engine_is_slow_lets_a_late_store_through() {
     in_both_modes(|doorbell| {
-        let broken = BreakPlan { drain: true, ..BreakPlan::default() };
+        let broken = BreakPlan {
+            drain: true,
+            ..BreakPlan::default()
+        };
         // The margin is long: a busy machine must get the poison written within it.
-        let rig = rig(doorbell, broken, plan("drain-delay=1,margin-ms=200,limit-ms=5000"));
+        let rig = rig(
+            doorbell,
+            broken,
+            plan("drain-delay=1,margin-ms=200,limit-ms=5000"),
+        );
         assert!(store_lands_after_purge(&rig));
         assert_eq!(rig.gru.stats().faults.engines_overtaken, 1);
     });
@@ -96,11 +117,18 @@ fn test_drain_when_broken_and_engine_is_slow_lets_a_late_store_through() {
 fn test_s2_drain_when_on_and_engine_is_slow_keeps_the_purge_waiting() {
     in_both_modes(|doorbell| {
         for _ in 0..5 {
-            let rig = rig(doorbell, BreakPlan::default(), plan("drain-delay=2,seed=1,margin-ms=5,limit-ms=5000"));
+            let rig = rig(
+                doorbell,
+                BreakPlan::default(),
+                plan("drain-delay=2,seed=1,margin-ms=5,limit-ms=5000"),
+            );
             assert!(!store_lands_after_purge(&rig));
             let stats = rig.gru.stats();
             assert_eq!(stats.faults.engines_overtaken, 1);
-            assert!(stats.tlb[0].drain_spins + stats.tlb[0].drain_yields > 0, "the purge waited: {stats:?}");
+            assert!(
+                stats.tlb[0].drain_spins + stats.tlb[0].drain_yields > 0,
+                "the purge waited: {stats:?}"
+            );
         }
     });
 }
@@ -125,7 +153,11 @@ fn test_parked_engine_when_no_purge_comes_goes_on_and_others_work_meanwhile() {
 
 #[test]
 fn test_reset_when_engine_is_parked_and_fill_is_held_does_not_wait_for_them() {
-    let rig = rig(Doorbell::Trap, BreakPlan::default(), plan("drain-delay=1,dropin-delay=2,limit-ms=60000"));
+    let rig = rig(
+        Doorbell::Trap,
+        BreakPlan::default(),
+        plan("drain-delay=1,dropin-delay=2,limit-ms=60000"),
+    );
     rig.map_page(ASID, VA, 0, true);
     rig.map_page(ASID, VA + PAGE, PAGE, true);
     rig.issue(0, Instruction::vset(VA, NEW, XType::DWORD, 1, 1));
