@@ -374,9 +374,14 @@ mod tests {
     fn test_demo_options_when_no_command_is_given_are_taken() {
         let cli = Cli::parse_from(["tlbridge", "--seconds", "3", "--threads", "4"]);
         assert!(cli.command.is_none());
-        assert_eq!((cli.demo.seconds, cli.demo.threads, cli.demo.memory_mib), (3, 4, 64));
+        assert_eq!(
+            (cli.demo.seconds, cli.demo.threads, cli.demo.memory_mib),
+            (3, 4, 64)
+        );
         let cli = Cli::parse_from(["tlbridge", "demo", "--break", "kill-bit"]);
-        let Some(Command::Demo(demo)) = cli.command else { panic!("{cli:?}") };
+        let Some(Command::Demo(demo)) = cli.command else {
+            panic!("{cli:?}")
+        };
         assert_eq!(demo.break_check, Some(Fault::KillBit));
     }
 

@@ -24,10 +24,10 @@ pub fn run(args: &DeviceArgs) -> Result<()> {
     let _leftovers = Leftovers(args.supervised.private_dir.iter().cloned().collect());
     let config = config(args);
     let function = match args.model {
-        ModelName::Gru => Function::new(|context| {
-            Gru::new(context, config).map(|gru| -> Arc<dyn Model> { gru })
-        })
-        .context("cannot build the GRU")?,
+        ModelName::Gru => {
+            Function::new(|context| Gru::new(context, config).map(|gru| -> Arc<dyn Model> { gru }))
+                .context("cannot build the GRU")?
+        }
     };
     let server = Server::bind(&args.socket, Arc::clone(&function), ServerOptions::default())?;
     let end = StopFd::new().context("no file descriptor is left (ulimit -n)")?;

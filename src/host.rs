@@ -43,10 +43,15 @@ pub fn run(args: &HostArgs) -> Result<()> {
         if supervised {
             stop::say(&json!({ "ready": { "pid": std::process::id() } }));
         } else {
-            eprintln!("accepting applications at {} (Ctrl-C ends)", ready.socket.display());
+            eprintln!(
+                "accepting applications at {} (Ctrl-C ends)",
+                ready.socket.display()
+            );
         }
     });
-    let until = stop.readable().context("no file descriptor is left (ulimit -n)")?;
+    let until = stop
+        .readable()
+        .context("no file descriptor is left (ulimit -n)")?;
     daemon::run(config, daemon::Stop::when_readable(until))?;
     Ok(())
 }

@@ -71,7 +71,11 @@ pub(crate) use args;
 
 /// The value's name on the command line.
 pub(crate) fn name(value: impl ValueEnum) -> String {
-    value.to_possible_value().expect("no value is skipped").get_name().to_owned()
+    value
+        .to_possible_value()
+        .expect("no value is skipped")
+        .get_name()
+        .to_owned()
 }
 
 fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
@@ -82,6 +86,7 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     host.expect("ready", START_LIMIT, stop)?;
     let mut application = Service::start("application", application_args(args, &host_socket))?;
     let ready = application.expect("ready", START_LIMIT, stop)?;
+<<<<<<< HEAD
     let mut peer = match args.no_peer {
         true => None,
         false => Some(Service::start("xpmem peer", peer_args(&application, &ready, &host_socket)?)?),
@@ -94,6 +99,37 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
         let others = [&mut device, &mut host].into_iter().chain(&mut peer);
         let ended: Vec<String> = others.filter_map(Service::ended).collect();
         if ended.is_empty() { "the run was cut short".to_owned() } else { ended.join("; ") }
+=======
+    let address = |key: &str| {
+        ready[key]
+            .as_u64()
+            .with_context(|| format!("the application named no {key}"))
+    };
+    let mut peer = Service::start(
+        "xpmem peer",
+        args![
+            "peer",
+            "--socket",
+            &host_socket,
+            "--pid",
+            application.pid().to_string(),
+            "--start",
+            address("shared_start")?.to_string(),
+            "--end",
+            address("shared_end")?.to_string(),
+        ],
+    )?;
+    peer.expect("ready", START_LIMIT, stop)?;
+
+    let report = follow(args, &mut application, stop).with_context(|| {
+        let others = [&mut device, &mut host, &mut peer];
+        let ended: Vec<String> = others.into_iter().filter_map(Service::ended).collect();
+        if ended.is_empty() {
+            "the run was cut short".to_owned()
+        } else {
+            ended.join("; ")
+        }
+>>>>>>> drv
     })?;
     let host_stats = inspect::daemon_stats(&host_socket)?;
     device.ask("stats")?;
@@ -107,8 +143,21 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     };
 
     // The application first: while it is there, the others are in use.
+<<<<<<< HEAD
     for service in [peer, Some(application), Some(host), Some(device)].into_iter().flatten() {
         service.end_cleanly()?;
+=======
+    for (what, service) in [
+        ("application", application),
+        ("xpmem peer", peer),
+        ("host daemon", host),
+        ("device", device),
+    ] {
+        let status = service.end()?;
+        if !status.success() {
+            bail!("the {what} did not end cleanly: {status}; see its message above");
+        }
+>>>>>>> drv
     }
     Ok(DemoResult {
         configuration: result::configuration(args),
@@ -132,7 +181,10 @@ fn follow(args: &DemoArgs, application: &mut Service, stop: &Stop) -> Result<Rep
         }
         let Some(mut line) = application.next(Duration::from_millis(100))? else {
             if std::time::Instant::now() > limit {
-                bail!("the application (pid {}) does not end; RUST_LOG=debug shows what hangs", application.pid());
+                bail!(
+                    "the application (pid {}) does not end; RUST_LOG=debug shows what hangs",
+                    application.pid()
+                );
             }
             continue;
         };

@@ -101,7 +101,11 @@ impl<'a, C: Calls> Disturber<'a, C> {
         self.frames.release_due(false, self.oracles);
         let index = self.mine[self.random.below(self.mine.len())];
         let slot = &self.slots[index];
-        let path = if self.habits.raw && self.random.chance(1, 3) { Path::Raw } else { Path::Agent };
+        let path = if self.habits.raw && self.random.chance(1, 3) {
+            Path::Raw
+        } else {
+            Path::Agent
+        };
         let Some(mapping) = slot.view().mapping else {
             return self.map_something(index, path);
         };
@@ -127,12 +131,7 @@ impl<'a, C: Calls> Disturber<'a, C> {
         }
     }
 
-    fn timed<T>(
-        &mut self,
-        kind: Kind,
-        path: Path,
-        call: impl FnOnce(&C) -> io::Result<T>,
-    ) -> io::Result<T> {
+    fn timed<T>(&mut self, kind: Kind, path: Path, call: impl FnOnce(&C) -> io::Result<T>) -> io::Result<T> {
         let switches = crate::latency::voluntary_switches();
         let start = Instant::now();
         let result = call(self.calls)?;
@@ -149,7 +148,11 @@ impl<'a, C: Calls> Disturber<'a, C> {
         let Some(frame) = self.frames.take(self.slots[index].pages) else {
             return Ok(());
         };
-        let prot = if self.random.chance(1, 5) { Prot::Read } else { Prot::ReadWrite };
+        let prot = if self.random.chance(1, 5) {
+            Prot::Read
+        } else {
+            Prot::ReadWrite
+        };
         self.map_over(index, path, frame, prot)
     }
 
@@ -173,8 +176,7 @@ impl<'a, C: Calls> Disturber<'a, C> {
             prot: Prot::ReadWrite,
         });
         slot.begin();
-        let generation =
-            self.timed(Kind::Unmap, path, |calls| calls.unmap(path, slot.va, slot.len()))?;
+        let generation = self.timed(Kind::Unmap, path, |calls| calls.unmap(path, slot.va, slot.len()))?;
         self.leave(index, Kind::Unmap, path, old, generation);
         self.slots[index].end(None, generation);
         Ok(())
@@ -182,8 +184,12 @@ impl<'a, C: Calls> Disturber<'a, C> {
 
     fn relocate(&mut self, from: usize, path: Path, mapping: Mapping) -> io::Result<()> {
         let pages = self.slots[from].pages;
-        let targets: Vec<usize> =
-            self.mine.iter().copied().filter(|i| *i != from && self.slots[*i].pages == pages).collect();
+        let targets: Vec<usize> = self
+            .mine
+            .iter()
+            .copied()
+            .filter(|i| *i != from && self.slots[*i].pages == pages)
+            .collect();
         if targets.is_empty() {
             return Ok(());
         }

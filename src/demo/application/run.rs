@@ -109,7 +109,10 @@ fn compute(args: &ApplicationArgs, agent: &'static Agent, ends: [&Stop; 2]) -> R
         };
         contexts.push(Context::new(agent.create_context(&options)?));
     }
-    let habits = Habits { raw: true, fork: true };
+    let habits = Habits {
+        raw: true,
+        fork: true,
+    };
     let mut disturbers: Vec<_> = (0..threads)
         .map(|n| {
             let mine = (0..slots.len()).filter(|i| i / 3 % threads == n).collect();
@@ -149,7 +152,12 @@ fn compute(args: &ApplicationArgs, agent: &'static Agent, ends: [&Stop; 2]) -> R
                 let seed = (args.seed, n as u64);
                 let worker = Worker::new(&slots, mine, &frames, &oracles, context, seed);
                 let area = (n == 0).then(|| {
-                    Purgeable::new(purgeable_va, purgeable_alias, &oracles, Random::new(args.seed, 3000))
+                    Purgeable::new(
+                        purgeable_va,
+                        purgeable_alias,
+                        &oracles,
+                        Random::new(args.seed, 3000),
+                    )
                 });
                 let progress = &progress;
                 scope.spawn(move || work(worker, area, progress))
@@ -277,7 +285,9 @@ fn work(
         if worker.counts.operations - seen.0 >= 64 {
             let now = (worker.counts.operations, worker.counts.verified_bytes);
             progress.operations.fetch_add(now.0 - seen.0, Ordering::Relaxed);
-            progress.verified_bytes.fetch_add(now.1 - seen.1, Ordering::Relaxed);
+            progress
+                .verified_bytes
+                .fetch_add(now.1 - seen.1, Ordering::Relaxed);
             seen = now;
         }
     }
@@ -310,7 +320,10 @@ mod tests {
             let pages = mib << 8;
             let slots = layout(0x1000_0000_0000, pages * 11 / 20);
             let frames = stock(pages, &slots);
-            assert!(frames.len() > slots.len() * 3 / 2, "{mib} MiB: spare frames for the quarantine");
+            assert!(
+                frames.len() > slots.len() * 3 / 2,
+                "{mib} MiB: spare frames for the quarantine"
+            );
             let mut end = 0;
             for frame in frames {
                 assert!(frame.first_page >= end && frame.first_page.is_multiple_of(frame.pages));
@@ -325,7 +338,10 @@ mod tests {
         for threads in 1..=16usize {
             let each = ds_bytes(threads) as usize;
             assert!(each.is_multiple_of(1024) && each >= 2048);
-            assert!(threads.div_ceil(2) * each <= 32 * 1024, "{threads} threads of {each} bytes");
+            assert!(
+                threads.div_ceil(2) * each <= 32 * 1024,
+                "{threads} threads of {each} bytes"
+            );
         }
     }
 }

@@ -116,7 +116,10 @@ impl<'a, E: Executor> Worker<'a, E> {
 
     fn run(&mut self, mut plan: Plan) -> Result<(), Broken> {
         let views = |plan: &Plan| -> Vec<View> {
-            plan.slots.iter().map(|o| self.slots[o.slot].view_again()).collect()
+            plan.slots
+                .iter()
+                .map(|o| self.slots[o.slot].view_again())
+                .collect()
         };
         let before = views(&plan);
         let expected = self.look(&before, &plan.reads);
@@ -177,7 +180,11 @@ impl<'a, E: Executor> Worker<'a, E> {
     fn look(&self, views: &[View], places: &[Place]) -> Vec<Option<u64>> {
         places
             .iter()
-            .map(|p| views[p.operand].mapping.map(|m| self.frames.word(m.frame, p.word)))
+            .map(|p| {
+                views[p.operand]
+                    .mapping
+                    .map(|m| self.frames.word(m.frame, p.word))
+            })
             .collect()
     }
 
@@ -195,21 +202,17 @@ impl<'a, E: Executor> Worker<'a, E> {
     /// Poison is only ever written after the call that took the page away has returned, so a device read
     /// that returns it is late, whatever happened meanwhile.
     fn canary(&self, plan: &Plan, observed: &[u64]) {
-        let poisoned = observed.iter().zip(&plan.reads).find(|(word, _)| words::is_poison(**word));
+        let poisoned = observed
+            .iter()
+            .zip(&plan.reads)
+            .find(|(word, _)| words::is_poison(**word));
         if let Some((word, place)) = poisoned {
             let what = format!("late device read: {}", words::describe(*word));
             self.report(Oracle::Canary, plan, Some(*place), what);
         }
     }
 
-    fn strict(
-        &mut self,
-        plan: &Plan,
-        views: &[View],
-        outcome: Outcome,
-        observed: &[u64],
-        memory: &Memory,
-    ) {
+    fn strict(&mut self, plan: &Plan, views: &[View], outcome: Outcome, observed: &[u64], memory: &Memory) {
         let allowed = |need: Need| {
             plan.slots.iter().zip(views).all(|(o, v)| {
                 let prot = v.mapping.map(|m| m.prot);
@@ -330,7 +333,10 @@ impl<'a, E: Executor> Worker<'a, E> {
                 // A punched hole reads as zero before the call has returned.
                 || *found == 0;
             if !fits && !words::is_poison(*found) {
-                let what = format!("read {}, neither the old content nor the new", words::describe(*found));
+                let what = format!(
+                    "read {}, neither the old content nor the new",
+                    words::describe(*found)
+                );
                 self.report(Oracle::Address, plan, Some(*place), what);
                 return;
             }

@@ -49,7 +49,10 @@ impl Stage {
     }
 }
 
-const HABITS: Habits = Habits { raw: true, fork: true };
+const HABITS: Habits = Habits {
+    raw: true,
+    fork: true,
+};
 
 /// Instructions and changes in turn, one thread: every verdict is strict.
 fn run_in_turn(fault: Fault, steps: usize) -> (Oracles, WorkerCounts) {
@@ -57,11 +60,24 @@ fn run_in_turn(fault: Fault, steps: usize) -> (Oracles, WorkerCounts) {
     let frames = stage.frames();
     let machine = Machine::new(&stage.memory, fault);
     let all: Vec<usize> = (0..stage.slots.len()).collect();
-    let mut disturber =
-        Disturber::new(&stage.slots, all.clone(), &frames, &oracles, &machine, HABITS, Random::new(1, 1));
+    let mut disturber = Disturber::new(
+        &stage.slots,
+        all.clone(),
+        &frames,
+        &oracles,
+        &machine,
+        HABITS,
+        Random::new(1, 1),
+    );
     disturber.populate().unwrap();
-    let mut worker =
-        Worker::new(&stage.slots, all, &frames, &oracles, Context::new(&machine), (7, 7));
+    let mut worker = Worker::new(
+        &stage.slots,
+        all,
+        &frames,
+        &oracles,
+        Context::new(&machine),
+        (7, 7),
+    );
     let mut random = Random::new(3, 3);
     for _ in 0..steps {
         for _ in 0..random.below(8) {
@@ -112,7 +128,9 @@ fn test_address_oracle_when_protection_is_missed_sees_the_store() {
     let (oracles, _) = run_in_turn(Fault::NoPurgeOnProtect, 4_000);
     let samples = oracles.samples();
     assert!(
-        samples.iter().any(|v| v.oracle == Oracle::Address && v.what.contains("Read")),
+        samples
+            .iter()
+            .any(|v| v.oracle == Oracle::Address && v.what.contains("Read")),
         "{samples:?}"
     );
 }
@@ -120,7 +138,12 @@ fn test_address_oracle_when_protection_is_missed_sees_the_store() {
 #[test]
 fn test_content_check_when_stores_are_lost_sees_it() {
     let (oracles, _) = run_in_turn(Fault::LostStores, 200);
-    assert!(oracles.samples().iter().any(|v| v.what.contains("but memory holds")));
+    assert!(
+        oracles
+            .samples()
+            .iter()
+            .any(|v| v.what.contains("but memory holds"))
+    );
 }
 
 #[test]
@@ -139,15 +162,18 @@ fn run_at_once(fault: Fault, time: Duration) -> (Oracles, WorkerCounts) {
     // Disturbers and workers divide the slots in different ways.
     let half = |n: usize| {
         let middle = stage.slots.len() / 2;
-        if n == 0 { (0..middle).collect::<Vec<_>>() } else { (middle..stage.slots.len()).collect() }
+        if n == 0 {
+            (0..middle).collect::<Vec<_>>()
+        } else {
+            (middle..stage.slots.len()).collect()
+        }
     };
     let stop = AtomicBool::new(false);
     let mut counts = WorkerCounts::default();
     let mut disturbers: Vec<_> = (0..2)
         .map(|n| {
             let random = Random::new(5, n as u64);
-            let mut d =
-                Disturber::new(&stage.slots, half(n), &frames, &oracles, &machine, HABITS, random);
+            let mut d = Disturber::new(&stage.slots, half(n), &frames, &oracles, &machine, HABITS, random);
             d.populate().unwrap();
             d
         })
@@ -167,8 +193,7 @@ fn run_at_once(fault: Fault, time: Duration) -> (Oracles, WorkerCounts) {
                 let stop = &stop;
                 scope.spawn(move || {
                     let context = Context::new(machine);
-                    let mut worker =
-                        Worker::new(slots, part, frames, oracles, context, (9, n as u64));
+                    let mut worker = Worker::new(slots, part, frames, oracles, context, (9, n as u64));
                     while !stop.load(Ordering::Relaxed) {
                         worker.step().unwrap();
                     }
