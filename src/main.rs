@@ -26,10 +26,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-<<<<<<< HEAD
         .with_ansi(std::io::stderr().is_terminal())
-=======
->>>>>>> drv
         .init();
     match run(cli) {
         Ok(code) => code,

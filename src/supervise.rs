@@ -147,7 +147,10 @@ impl Service {
     pub fn end_cleanly(mut self) -> Result<()> {
         let status = self.finish()?;
         if !status.success() {
-            bail!("the {} process did not end cleanly: {status}; see its message above", self.name);
+            bail!(
+                "the {} process did not end cleanly: {status}; see its message above",
+                self.name
+            );
         }
         Ok(())
     }

@@ -67,8 +67,6 @@ pub enum Verdict {
 macro_rules! args {
     ($($arg:expr),* $(,)?) => { vec![$(OsString::from($arg)),*] };
 }
-pub(crate) use args;
-
 /// The value's name on the command line.
 pub(crate) fn name(value: impl ValueEnum) -> String {
     value
@@ -86,10 +84,12 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     host.expect("ready", START_LIMIT, stop)?;
     let mut application = Service::start("application", application_args(args, &host_socket))?;
     let ready = application.expect("ready", START_LIMIT, stop)?;
-<<<<<<< HEAD
     let mut peer = match args.no_peer {
         true => None,
-        false => Some(Service::start("xpmem peer", peer_args(&application, &ready, &host_socket)?)?),
+        false => Some(Service::start(
+            "xpmem peer",
+            peer_args(&application, &ready, &host_socket)?,
+        )?),
     };
     if let Some(peer) = &mut peer {
         peer.expect("ready", START_LIMIT, stop)?;
@@ -98,38 +98,11 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     let report = follow(args, &mut application, stop).with_context(|| {
         let others = [&mut device, &mut host].into_iter().chain(&mut peer);
         let ended: Vec<String> = others.filter_map(Service::ended).collect();
-        if ended.is_empty() { "the run was cut short".to_owned() } else { ended.join("; ") }
-=======
-    let address = |key: &str| {
-        ready[key]
-            .as_u64()
-            .with_context(|| format!("the application named no {key}"))
-    };
-    let mut peer = Service::start(
-        "xpmem peer",
-        args![
-            "peer",
-            "--socket",
-            &host_socket,
-            "--pid",
-            application.pid().to_string(),
-            "--start",
-            address("shared_start")?.to_string(),
-            "--end",
-            address("shared_end")?.to_string(),
-        ],
-    )?;
-    peer.expect("ready", START_LIMIT, stop)?;
-
-    let report = follow(args, &mut application, stop).with_context(|| {
-        let others = [&mut device, &mut host, &mut peer];
-        let ended: Vec<String> = others.into_iter().filter_map(Service::ended).collect();
         if ended.is_empty() {
             "the run was cut short".to_owned()
         } else {
             ended.join("; ")
         }
->>>>>>> drv
     })?;
     let host_stats = inspect::daemon_stats(&host_socket)?;
     device.ask("stats")?;
@@ -143,21 +116,11 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     };
 
     // The application first: while it is there, the others are in use.
-<<<<<<< HEAD
-    for service in [peer, Some(application), Some(host), Some(device)].into_iter().flatten() {
+    for service in [peer, Some(application), Some(host), Some(device)]
+        .into_iter()
+        .flatten()
+    {
         service.end_cleanly()?;
-=======
-    for (what, service) in [
-        ("application", application),
-        ("xpmem peer", peer),
-        ("host daemon", host),
-        ("device", device),
-    ] {
-        let status = service.end()?;
-        if !status.success() {
-            bail!("the {what} did not end cleanly: {status}; see its message above");
-        }
->>>>>>> drv
     }
     Ok(DemoResult {
         configuration: result::configuration(args),
@@ -242,7 +205,10 @@ fn host_args(args: &DemoArgs, dir: &Path, device: &Path, socket: &Path) -> Vec<O
 
 fn peer_args(application: &Service, ready: &Value, socket: &Path) -> Result<Vec<OsString>> {
     let address = |key: &str| {
-        ready[key].as_u64().map(|a| a.to_string()).with_context(|| format!("the application named no {key}"))
+        ready[key]
+            .as_u64()
+            .map(|a| a.to_string())
+            .with_context(|| format!("the application named no {key}"))
     };
     Ok(args![
         "peer",
@@ -258,6 +224,15 @@ fn peer_args(application: &Service, ready: &Value, socket: &Path) -> Result<Vec<
 }
 
 fn application_args(args: &DemoArgs, socket: &Path) -> Vec<OsString> {
+    let (raw_every, probe_every, aim_every) = match args.break_check.or(args.delay) {
+        None => (3, 4, 6),
+        // While the safety net is delayed nothing can be filled: with many raw calls nothing would run.
+        Some(Fault::SafetyNet) => (24, 2, 6),
+        // The window is open for an instruction that is under way: aim there. The safety net's purges of
+        // everything would close most windows before the call that matters, and each probe's own fill or
+        // store is delayed as well.
+        Some(Fault::KillBit | Fault::Drain) => (100, 16, 2),
+    };
     args![
         "application",
         "--socket",
@@ -270,6 +245,12 @@ fn application_args(args: &DemoArgs, socket: &Path) -> Vec<OsString> {
         args.seed.to_string(),
         "--memory-mib",
         args.memory_mib.to_string(),
+        "--raw-every",
+        raw_every.to_string(),
+        "--probe-every",
+        probe_every.to_string(),
+        "--aim-every",
+        aim_every.to_string(),
     ]
 }
 
