@@ -120,6 +120,11 @@ impl Wake {
         self.change(-1);
     }
 
+    /// Engines that wait for a ring.
+    pub(super) fn asleep(&self) -> u32 {
+        self.sleeping.load(Ordering::SeqCst)
+    }
+
     /// Another engine than the calling one looks at device memory.
     pub(super) fn others_awake(&self) -> bool {
         self.awake.load(Ordering::Relaxed) > 1
