@@ -178,6 +178,9 @@ pub struct DemoArgs {
     /// The same delays as `--break`, with the check on: nothing may be found.
     #[arg(long, value_enum, value_name = "CHECK")]
     pub delay: Option<Fault>,
+    /// Without the attached process: then no invalidation has to wait for a subscriber that sleeps.
+    #[arg(long)]
+    pub no_peer: bool,
     /// Print the result as one JSON object on stdout (progress goes to stderr).
     #[arg(long)]
     pub json: bool,

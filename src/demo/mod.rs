@@ -86,6 +86,20 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     host.expect("ready", START_LIMIT, stop)?;
     let mut application = Service::start("application", application_args(args, &host_socket))?;
     let ready = application.expect("ready", START_LIMIT, stop)?;
+<<<<<<< HEAD
+    let mut peer = match args.no_peer {
+        true => None,
+        false => Some(Service::start("xpmem peer", peer_args(&application, &ready, &host_socket)?)?),
+    };
+    if let Some(peer) = &mut peer {
+        peer.expect("ready", START_LIMIT, stop)?;
+    }
+
+    let report = follow(args, &mut application, stop).with_context(|| {
+        let others = [&mut device, &mut host].into_iter().chain(&mut peer);
+        let ended: Vec<String> = others.filter_map(Service::ended).collect();
+        if ended.is_empty() { "the run was cut short".to_owned() } else { ended.join("; ") }
+=======
     let address = |key: &str| {
         ready[key]
             .as_u64()
@@ -115,14 +129,24 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
         } else {
             ended.join("; ")
         }
+>>>>>>> drv
     })?;
     let host_stats = inspect::daemon_stats(&host_socket)?;
     device.ask("stats")?;
     let device_stats = device.expect("stats", ANSWER_LIMIT, &Stop::new()?)?;
-    peer.ask("stats")?;
-    let peer_stats = peer.expect("stats", ANSWER_LIMIT, &Stop::new()?)?;
+    let peer_stats = match &mut peer {
+        None => Value::Null,
+        Some(peer) => {
+            peer.ask("stats")?;
+            peer.expect("stats", ANSWER_LIMIT, &Stop::new()?)?
+        }
+    };
 
     // The application first: while it is there, the others are in use.
+<<<<<<< HEAD
+    for service in [peer, Some(application), Some(host), Some(device)].into_iter().flatten() {
+        service.end_cleanly()?;
+=======
     for (what, service) in [
         ("application", application),
         ("xpmem peer", peer),
@@ -133,6 +157,7 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
         if !status.success() {
             bail!("the {what} did not end cleanly: {status}; see its message above");
         }
+>>>>>>> drv
     }
     Ok(DemoResult {
         configuration: result::configuration(args),
@@ -213,6 +238,23 @@ fn host_args(args: &DemoArgs, dir: &Path, device: &Path, socket: &Path) -> Vec<O
         }
     }
     list
+}
+
+fn peer_args(application: &Service, ready: &Value, socket: &Path) -> Result<Vec<OsString>> {
+    let address = |key: &str| {
+        ready[key].as_u64().map(|a| a.to_string()).with_context(|| format!("the application named no {key}"))
+    };
+    Ok(args![
+        "peer",
+        "--socket",
+        socket,
+        "--pid",
+        application.pid().to_string(),
+        "--start",
+        address("shared_start")?,
+        "--end",
+        address("shared_end")?,
+    ])
 }
 
 fn application_args(args: &DemoArgs, socket: &Path) -> Vec<OsString> {

@@ -101,18 +101,20 @@ impl ActiveTable {
     }
 
     /// Waits until everything that runs now has finished; what starts later is not waited for.
+    ///
+    /// The caller has published a subscriber and fenced. Numbers are given before the starter's own fence: a
+    /// number that is not yet given here belongs to a start that sees the subscriber.
     pub(super) fn wait_for_running(&self, token: &MaySleep) {
+        let first_later = self.next_number.load(Ordering::Relaxed);
         for entry in &self.entries {
-            let mut seen = 0;
             self.freed.wait_for(token, "running invalidations to end", || {
-                let now = entry.number.load(Ordering::Acquire);
-                if now == 0 || (seen != 0 && now != seen) {
-                    return Some(());
+                let mut number = entry.number.load(Ordering::Acquire);
+                while number == CLAIMED {
+                    // Its starter is a few stores away from giving the number, and nobody is told of that.
+                    std::thread::yield_now();
+                    number = entry.number.load(Ordering::Acquire);
                 }
-                if now != CLAIMED {
-                    seen = now;
-                }
-                None
+                (number == 0 || number >= first_later).then_some(())
             });
         }
     }

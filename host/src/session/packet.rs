@@ -112,17 +112,21 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, serde_json::Error>
     serde_json::from_slice(bytes)
 }
 
-/// A connected, non-blocking pair of SEQPACKET sockets: (ours, theirs).
+/// A connected pair of SEQPACKET sockets: (ours, non-blocking; theirs, blocking).
 ///
 /// # Errors
 /// The file limit.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    Ok(socketpair(
+    let (ours, theirs) = socketpair(
         AddressFamily::UNIX,
         SocketType::SEQPACKET,
         SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
         None,
-    )?)
+    )?;
+    // O_NONBLOCK belongs to the open file and would travel with it: a peer that waits in recvmsg would see
+    // EAGAIN and take it for the end.
+    rustix::io::ioctl_fionbio(&theirs, false)?;
+    Ok((ours, theirs))
 }
 
 #[cfg(test)]

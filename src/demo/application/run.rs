@@ -26,7 +26,7 @@ const QUARANTINE: Duration = Duration::from_millis(25);
 /// Time between two progress lines.
 const PROGRESS: Duration = Duration::from_millis(200);
 /// Longest pause of a disturber between two calls.
-const PAUSE_US: usize = 400;
+const PAUSE_US: usize = 1600;
 
 /// What the threads add to while they run.
 #[derive(Debug, Default)]
