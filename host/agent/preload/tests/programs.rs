@@ -10,9 +10,9 @@ use std::process::{Command, Output};
 use std::sync::atomic::Ordering;
 
 fn library() -> PathBuf {
-    // target/PROFILE/deps/this-test
+    // Next to this test, in target/PROFILE/deps: cargo has built it for this test.
     let exe = std::env::current_exe().unwrap();
-    let library = exe.parent().unwrap().parent().unwrap().join("libtlbridge_agent.so");
+    let library = exe.with_file_name("libtlbridge_agent.so");
     assert!(library.exists(), "{} has not been built", library.display());
     library
 }
