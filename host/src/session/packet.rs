@@ -112,7 +112,8 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, serde_json::Error>
     serde_json::from_slice(bytes)
 }
 
-/// A connected, non-blocking pair of SEQPACKET sockets: (ours, theirs).
+/// A connected pair of SEQPACKET sockets: (ours, theirs). Both block by themselves, as the other side expects;
+/// [`send`] and [`receive`] do not wait whatever the mode.
 ///
 /// # Errors
 /// The file limit.
@@ -120,7 +121,7 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(
         AddressFamily::UNIX,
         SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        SocketFlags::CLOEXEC,
         None,
     )?)
 }
