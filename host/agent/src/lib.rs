@@ -123,6 +123,11 @@ impl Memory {
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
+    /// The memfd. Mappings of it stay device-visible.
+    #[must_use]
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
     /// What the daemon calls it.
     #[must_use]
     pub fn id(&self) -> MemoryId {
@@ -206,10 +211,15 @@ fn os<T>(result: covered::Outcome<T>) -> io::Result<Covered<T>> {
 }
 
 fn attached() -> Result<&'static state::State> {
-    current().and_then(|_| state::state()).ok_or(AgentError::NotAttached)
+    current()
+        .and_then(|_| state::state())
+        .ok_or(AgentError::NotAttached)
 }
 
-#[allow(unsafe_code, reason = "mapping calls can pull memory away from under references")]
+#[allow(
+    unsafe_code,
+    reason = "mapping calls can pull memory away from under references"
+)]
 impl Agent {
     /// Attach this process to the daemon. Mappings that exist already are not registered with the safety
     /// net; the covered calls cover them all the same.
@@ -284,11 +294,27 @@ impl Agent {
         }
     }
     /// New device-visible memory of `len` bytes (rounded up to pages): a memfd, sealed against resizing and
-    /// known to the daemon.
+    /// known to the daemon. Its pages are allocated at once when the daemon uses userfaultfd's missing mode,
+    /// because there a page that is not allocated when it is touched is a fault for the daemon.
     ///
     /// # Errors
     /// See [`AgentError`].
     pub fn memory(&self, len: u64, name: &str) -> Result<Memory> {
+        let memory = self.memory_sparse(len, name)?;
+        if attached()?.register_mode() == sys::RegisterMode::Missing {
+            let mode = rustix::fs::FallocateFlags::empty();
+            rustix::fs::fallocate(&memory.fd, mode, 0, memory.len).map_err(|e| AgentError::System {
+                what: "allocating the pages of a memfd",
+                source: e.into(),
+            })?;
+        }
+        Ok(memory)
+    }
+    /// As [`Agent::memory`], without allocating pages.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub fn memory_sparse(&self, len: u64, name: &str) -> Result<Memory> {
         attached()?;
         let invalid = |what, why| AgentError::Invalid { what, why };
         let name = CString::new(name).map_err(|_| invalid("memory name", "contains a zero byte"))?;
@@ -310,8 +336,7 @@ impl Agent {
     /// See [`AgentError`].
     pub fn add_memory(&self, fd: BorrowedFd<'_>, len: u64) -> Result<MemoryId> {
         let state = attached()?;
-        files::announce(state, fd.as_raw_fd(), len)
-            .map_err(|e| control::explain(state, "adding memory", e))
+        files::announce(state, fd.as_raw_fd(), len).map_err(|e| control::explain(state, "adding memory", e))
     }
     /// Register a range that raw calls mapped with the safety net (userfaultfd). The range's translations
     /// are purged.

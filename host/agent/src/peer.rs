@@ -74,7 +74,7 @@ impl Peer {
     /// See [`AgentError`].
     pub fn attach(socket: &Path, pid: u32, start: u64, end: u64) -> Result<Self> {
         let what = "attaching as a peer";
-        if start >= end || start % sys::PAGE != 0 || end % sys::PAGE != 0 {
+        if start >= end || !start.is_multiple_of(sys::PAGE) || !end.is_multiple_of(sys::PAGE) {
             return Err(AgentError::Invalid {
                 what: "peer range",
                 why: "empty or not page aligned",
@@ -129,7 +129,7 @@ impl Peer {
     #[must_use]
     pub fn read(&self, va: u64) -> Option<u64> {
         let page = va & !(sys::PAGE - 1);
-        if va % 8 != 0 || va < self.shared.start || va >= self.shared.end {
+        if !va.is_multiple_of(8) || va < self.shared.start || va >= self.shared.end {
             return None;
         }
         loop {
@@ -227,10 +227,7 @@ impl Shared {
             if self.stopped.load(Ordering::Acquire) {
                 return None;
             }
-            pages = self
-                .zap_ended
-                .wait(pages)
-                .unwrap_or_else(PoisonError::into_inner);
+            pages = self.zap_ended.wait(pages).unwrap_or_else(PoisonError::into_inner);
         }
         (!self.stopped.load(Ordering::Acquire)).then_some(pages)
     }
@@ -311,7 +308,9 @@ fn serve(shared: &Shared) {
                     seq,
                     unmapped_bytes: shared.zap(seq, start, end),
                 };
-                let Ok(text) = serde_json::to_vec(&reply) else { break };
+                let Ok(text) = serde_json::to_vec(&reply) else {
+                    break;
+                };
                 if control::send(shared.notice.as_fd(), &text, &[]).is_err() {
                     break;
                 }

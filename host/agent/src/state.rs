@@ -1,5 +1,8 @@
 //! The agent's state: one mapping that is zero (detached) until attach, and zero again in a forked child.
-#![allow(unsafe_code, reason = "the state lives in a mapping of its own, which fork wipes")]
+#![allow(
+    unsafe_code,
+    reason = "the state lives in a mapping of its own, which fork wipes"
+)]
 
 use crate::intervals::{CAPACITY, Intervals};
 use crate::lock::Locked;
@@ -249,7 +252,16 @@ pub(crate) fn state() -> Option<&'static State> {
 
 /// The state while calls have to be covered.
 pub(crate) fn covering() -> Option<&'static State> {
-    state().filter(|s| matches!(s.phase(), phase::ATTACHED | phase::FENCING))
+    let state = state()?;
+    match state.phase() {
+        phase::ATTACHED | phase::FENCING => Some(state),
+        phase::DETACHED => {
+            // The child of a raw clone, which ran no fork handler: its first call closes the descriptors.
+            close_inherited();
+            None
+        }
+        _ => None,
+    }
 }
 
 /// The state; made at the first call.
@@ -260,7 +272,12 @@ pub(crate) fn create() -> io::Result<&'static State> {
     let size = size_of::<State>().next_multiple_of(sys::PAGE as usize);
     let at = sys::map_wiped_on_fork(size)?;
     if STATE
-        .compare_exchange(std::ptr::null_mut(), at.cast(), Ordering::AcqRel, Ordering::Acquire)
+        .compare_exchange(
+            std::ptr::null_mut(),
+            at.cast(),
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        )
         .is_err()
     {
         // SAFETY: lost the race; nobody has seen this mapping.
