@@ -1,2 +1,63 @@
-//! To be written.
-fn main() {}
+//! The command-line tool: parses, calls, prints.
+//!
+//! Exit codes: 0 fine, 1 error, 2 wrong usage, 3 a stale access was found.
+
+mod cli;
+mod demo;
+mod device;
+mod host;
+mod inspect;
+mod latency;
+mod stop;
+mod supervise;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+use cli::{BenchCommand, Cli, Command};
+use demo::Verdict;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    match run(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("tlbridge: {error:#}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<ExitCode> {
+    let mut out = std::io::stdout();
+    match cli.command {
+        None => demo::run(&cli.demo, &mut out).map(exit_code),
+        Some(Command::Demo(args)) => demo::run(&args, &mut out).map(exit_code),
+        Some(Command::Device(args)) => device::run(&args).map(done),
+        Some(Command::Host(args)) => host::run(&args).map(done),
+        Some(Command::Bench(BenchCommand::Invalidate(_args))) => anyhow::bail!("bench"),
+        Some(Command::Inspect(args)) => inspect::run(&args, &mut out).map(done),
+        Some(Command::Application(args)) => demo::application::run(&args).map(done),
+        Some(Command::Peer(args)) => demo::peer::run(&args).map(done),
+        Some(Command::BenchSubject(_args)) => anyhow::bail!("bench"),
+    }
+}
+
+fn done(_: ()) -> ExitCode {
+    ExitCode::SUCCESS
+}
+
+fn exit_code(verdict: Verdict) -> ExitCode {
+    ExitCode::from(match verdict {
+        Verdict::Right => 0,
+        Verdict::Wrong => 1,
+        Verdict::Stale => 3,
+    })
+}

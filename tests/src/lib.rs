@@ -1,5 +1,5 @@
-//! What the integration tests share: a backing that is a device in the same process, a model page table and
-//! test bodies that run over any backing, processes of the command-line tool.
+//! What the integration tests share: processes of the command-line tool, a backing that is a device in
+//! the same process, a model page table, and test bodies that run over any backing.
 
 pub mod gru;
 pub mod in_process;

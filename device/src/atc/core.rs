@@ -27,7 +27,7 @@ use super::types::{AtcConfig, AtcStats, Checks, FillRefused, Miss, PageSize, Pur
 #[cfg(not(loom))]
 type Lock<T> = super::spin::SpinLock<T>;
 #[cfg(loom)]
-type Lock<T> = super::loom_tests::ModelLock<T>;
+type Lock<T> = super::spin::ModelLock<T>;
 
 const CLASSES: usize = (PageSize::MAX_SHIFT - PageSize::MIN_SHIFT + 1) as usize;
 /// Purges in progress that are remembered by range; more at once stop all fills until they are done.
@@ -97,6 +97,7 @@ pub(super) struct Core {
     state: Lock<State>,
     checks: Checks,
     drain_warning: std::time::Duration,
+    drain_waits: Counter,
     drain_spins: Counter,
     drain_yields: Counter,
 }
@@ -134,6 +135,7 @@ impl Core {
             }),
             checks: config.checks,
             drain_warning: config.drain_warning,
+            drain_waits: Counter::new(0),
             drain_spins: Counter::new(0),
             drain_yields: Counter::new(0),
         }
@@ -164,6 +166,8 @@ impl Core {
     #[inline]
     fn enter(&self, slot: &EngineSlot) {
         let epoch = slot.epoch.load(Ordering::Relaxed);
+        // (A guard that was forgotten instead of dropped: going on would count as being outside.)
+        assert!(epoch & 1 == 0, "an access inside an access");
         // Release although it opens something: a purge that misses the (even) value of the previous leave
         // and reads this one must still acquire what came before.
         slot.epoch.store(epoch.wrapping_add(1), Ordering::Release);
@@ -192,9 +196,9 @@ impl Core {
         }
         self.enter(slot);
         let miss = match self.lookup(space, va) {
-            Some(found) if !write || found.0.writable || !self.checks.clean => {
+            Some((found, shift)) if !write || found.writable || (!self.checks.clean && found.storable) => {
                 bump(&slot.hits);
-                return Ok(found);
+                return Ok((found, shift));
             }
             Some(_) => {
                 bump(&slot.mod_misses);
@@ -211,6 +215,10 @@ impl Core {
 
     #[inline]
     fn lookup(&self, space: u64, va: u64) -> Option<(Found, u8)> {
+        #[cfg(not(loom))]
+        let validate = true;
+        #[cfg(loom)]
+        let validate = self.checks.sequence;
         let mut classes = self.classes.load(Ordering::Relaxed);
         while classes != 0 {
             let shift = PageSize::MIN_SHIFT + classes.trailing_zeros() as u8;
@@ -218,7 +226,7 @@ impl Core {
             let key = Entry::key(va, shift);
             let first = self.set(space, va >> shift, shift) * self.ways;
             for slot in &self.slots[first..first + self.ways] {
-                if let Some(found) = slot.probe(space, key) {
+                if let Some(found) = slot.probe(space, key, validate) {
                     return Some((found, shift));
                 }
             }
@@ -230,6 +238,11 @@ impl Core {
     #[inline]
     pub(super) fn leave(&self, engine: usize) {
         let epoch = &self.engines[engine].epoch;
+        #[cfg(loom)]
+        if !self.checks.release {
+            epoch.store(epoch.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+            return;
+        }
         // Release: what the access did is done when a drain sees this.
         epoch.store(epoch.load(Ordering::Relaxed).wrapping_add(1), Ordering::Release);
     }
@@ -405,7 +418,7 @@ impl Core {
             .filter_map(|ticket| ticket.open.then(|| ticket.widen(reach)))
             .filter(|&widened| widened)
             .count();
-        let entries = if self.checks.clear {
+        let entries = if self.checks.clear || reach.frees_memory() {
             let sweep = Sweep {
                 keep: None,
                 overlap: self.checks.overlap,
@@ -430,9 +443,22 @@ impl Core {
     /// Wait for the accesses that may have found what was cleared, then stop being active.
     pub(super) fn finish(&self, begun: Begun) -> PurgeReport {
         let mut report = begun.report;
-        if self.checks.drain {
-            self.drain(&mut report);
+        if self.checks.drain || begun.reach.frees_memory() {
+            self.drain(&mut report, None);
         }
+        self.retire(&begun);
+        report
+    }
+
+    /// What a thread inside an access would have to do not to wait for itself; the model checker shows
+    /// that it is not enough.
+    #[cfg(all(test, loom))]
+    pub(super) fn finish_inside(&self, begun: &Begun, own: usize) {
+        self.drain(&mut PurgeReport::default(), Some(own));
+        self.retire(begun);
+    }
+
+    fn retire(&self, begun: &Begun) {
         let mut state = self.state.lock();
         match begun.place {
             Some(place) => {
@@ -441,18 +467,18 @@ impl Core {
             }
             None => state.unlisted -= 1,
         }
-        report
     }
 
-    fn drain(&self, report: &mut PurgeReport) {
+    fn drain(&self, report: &mut PurgeReport, except: Option<usize>) {
         // After the clearing, before the epochs: see the head of the file.
         fence(Ordering::SeqCst);
         for (engine, slot) in self.engines.iter().enumerate() {
             let epoch = slot.epoch.load(Ordering::Acquire);
-            if epoch & 1 == 0 {
+            if epoch & 1 == 0 || except == Some(engine) {
                 continue;
             }
             report.waited_for += 1;
+            self.drain_waits.fetch_add(1, Relax::Relaxed);
             self.wait_for(engine, epoch, report);
         }
         self.drain_spins.fetch_add(report.spins, Relax::Relaxed);
@@ -564,6 +590,7 @@ impl Core {
             stats.misses += engine.misses.load(Relax::Relaxed);
             stats.mod_misses += engine.mod_misses.load(Relax::Relaxed);
         }
+        stats.drain_waits = self.drain_waits.load(Relax::Relaxed);
         stats.drain_spins = self.drain_spins.load(Relax::Relaxed);
         stats.drain_yields = self.drain_yields.load(Relax::Relaxed);
         stats.lock_yields = self.state.yields();

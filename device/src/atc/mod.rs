@@ -15,11 +15,10 @@ mod cache;
 mod core;
 #[cfg(not(loom))]
 mod engine;
-#[cfg(loom)]
+#[cfg(all(test, loom))]
 mod loom_tests;
 mod reach;
 mod slot;
-#[cfg_attr(loom, allow(dead_code))]
 mod spin;
 #[cfg(all(test, not(loom)))]
 mod tests;

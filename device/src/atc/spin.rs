@@ -85,3 +85,24 @@ impl<T> Drop for Held<'_, T> {
         self.lock.locked.store(false, Ordering::Release);
     }
 }
+
+/// In the model checker the core's lock is loom's own: spinning would multiply the states, and the spin
+/// lock is checked by itself.
+#[cfg(loom)]
+#[derive(Debug)]
+pub(super) struct ModelLock<T>(loom::sync::Mutex<T>);
+
+#[cfg(loom)]
+impl<T> ModelLock<T> {
+    pub(super) fn new(value: T) -> Self {
+        Self(loom::sync::Mutex::new(value))
+    }
+
+    pub(super) fn lock(&self) -> loom::sync::MutexGuard<'_, T> {
+        self.0.lock().expect("no model thread panics and goes on")
+    }
+
+    pub(super) fn yields(&self) -> u64 {
+        0
+    }
+}

@@ -83,6 +83,12 @@ pub struct Checks {
     /// Model checking only: an access is published before the look-up, not after it.
     #[cfg(loom)]
     pub publish_first: bool,
+    /// Model checking only: a look-up takes an entry's words as one.
+    #[cfg(loom)]
+    pub sequence: bool,
+    /// Model checking only: leaving an access publishes what it did.
+    #[cfg(loom)]
+    pub release: bool,
 }
 
 impl Checks {
@@ -99,6 +105,10 @@ impl Checks {
         fence: true,
         #[cfg(loom)]
         publish_first: true,
+        #[cfg(loom)]
+        sequence: true,
+        #[cfg(loom)]
+        release: true,
     };
 }
 
@@ -254,6 +264,8 @@ pub struct AtcStats {
     pub purges: u64,
     /// Entries that purges cleared.
     pub entries_purged: u64,
+    /// Engines that drains had to wait for; counted when the wait begins.
+    pub drain_waits: u64,
     /// Iterations of drains that spun.
     pub drain_spins: u64,
     /// Iterations of drains that gave the CPU away.

@@ -1,0 +1,392 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Emulated PCI devices over vfio-user whose TLB stays coherent with the page tables it caches.
+///
+/// Without a command: the demo. An application computes through an emulated SGI GRU while its memory is
+/// unmapped, moved, discarded and protected under it, and every result is checked for stale accesses.
+#[derive(Debug, Parser)]
+#[command(name = "tlbridge", version, args_conflicts_with_subcommands = true)]
+#[command(after_help = "\
+Exit codes: 0 fine, 1 error, 2 wrong usage, 3 a stale access was found.
+RUST_LOG=debug (or info, trace, crate=level) shows what the processes do, on stderr.
+
+Examples:
+  tlbridge                                   ten seconds of the demo
+  tlbridge demo --seconds 60 --threads 4 --json > run.json
+  tlbridge demo --break drain --seconds 2    a device that does not drain: must end with exit code 3
+  tlbridge bench invalidate --json bench.json")]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// Without a command: the demo's options.
+    #[command(flatten)]
+    pub demo: DemoArgs,
+}
+
+/// Commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Device, host daemon and an application that verifies its results while its memory changes.
+    Demo(DemoArgs),
+    /// Run a device process that serves vfio-user on a socket.
+    Device(DeviceArgs),
+    /// Run the host daemon: it drives the device and keeps it coherent with the attached applications.
+    Host(HostArgs),
+    /// Measure.
+    #[command(subcommand)]
+    Bench(BenchCommand),
+    /// Print the statistics of a running host daemon.
+    Inspect(InspectArgs),
+    /// The demo's application (started by the demo).
+    #[command(hide = true)]
+    Application(ApplicationArgs),
+    /// The demo's sleeping subscriber (started by the demo and the benchmark).
+    #[command(hide = true)]
+    Peer(PeerArgs),
+    /// The benchmark's measured process (started by the benchmark).
+    #[command(hide = true)]
+    BenchSubject(SubjectArgs),
+}
+
+/// Device models.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ModelName {
+    /// SGI GRU, 10a9:4752.
+    Gru,
+}
+
+/// How the device learns of a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Doorbell {
+    /// Each access to the BARs is a message: strict, slow.
+    Trap,
+    /// Control blocks and handles are mapped memory; the engines poll while there is work and sleep on a
+    /// doorbell when there is none.
+    Poll,
+}
+
+/// Checks that can be broken in the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DeviceFault {
+    /// A fill whose range was purged after the miss is entered all the same.
+    KillBit,
+    /// A purge completes while accesses through the old translation still run.
+    Drain,
+}
+
+/// Checks that can be broken anywhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Fault {
+    /// Device: a fill whose range was purged after the miss is entered all the same.
+    KillBit,
+    /// Device: a purge completes while accesses through the old translation still run.
+    Drain,
+    /// Daemon: a userfaultfd event is read before the translations are purged.
+    SafetyNet,
+}
+
+impl Fault {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::KillBit => "kill-bit",
+            Self::Drain => "drain",
+            Self::SafetyNet => "safety-net",
+        }
+    }
+}
+
+/// Registration modes of userfaultfd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum UffdModeName {
+    /// Write-protect mode that never protects: events only.
+    Wp,
+    /// Missing mode: punched pages fault to the daemon.
+    Missing,
+}
+
+impl UffdModeName {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Wp => "wp",
+            Self::Missing => "missing",
+        }
+    }
+}
+
+impl From<UffdModeName> for protos::bridge::control::UffdMode {
+    fn from(name: UffdModeName) -> Self {
+        match name {
+            UffdModeName::Wp => Self::Wp,
+            UffdModeName::Missing => Self::Missing,
+        }
+    }
+}
+
+/// Options of a process that another one supervises.
+#[derive(Debug, Clone, Args)]
+pub struct Supervised {
+    /// Started by another tlbridge: say when ready on stdout, answer questions on stdin, end with it.
+    #[arg(long, hide = true)]
+    pub supervised: bool,
+    /// Directory to remove at the end, if it is empty then.
+    #[arg(long, hide = true)]
+    pub private_dir: Option<PathBuf>,
+}
+
+/// Options of the demo.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Examples:
+  tlbridge demo --seconds 30 --memory-mib 256
+  tlbridge demo --doorbell trap              every register access is a message
+  tlbridge demo --break kill-bit --seconds 2 the oracles must find it: exit code 3
+  tlbridge demo --delay kill-bit --seconds 2 the same delays with the check on: exit code 0
+
+Exit codes: 0 fine, 1 error or wrong result, 2 wrong usage, 3 a stale access was found.")]
+pub struct DemoArgs {
+    /// How long to run.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub seconds: u64,
+    /// Worker threads that compute through the device (as many again change mappings).
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub threads: u32,
+    /// Seed of all decisions.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// Memory that the application computes in.
+    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(16..=2048))]
+    pub memory_mib: u64,
+    /// How the device learns of a store.
+    #[arg(long, value_enum, default_value_t = Doorbell::Poll)]
+    pub doorbell: Doorbell,
+    /// Engine threads of the device.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub engines: u32,
+    /// How memory is registered with userfaultfd.
+    #[arg(long, value_enum, default_value_t = UffdModeName::Wp)]
+    pub uffd_mode: UffdModeName,
+    /// Break a check: the run must end with exit code 3.
+    #[arg(long = "break", value_enum, value_name = "CHECK", conflicts_with = "delay")]
+    pub break_check: Option<Fault>,
+    /// The same delays as `--break`, with the check on: nothing may be found.
+    #[arg(long, value_enum, value_name = "CHECK")]
+    pub delay: Option<Fault>,
+    /// Print the result as one JSON object on stdout (progress goes to stderr).
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of the device process.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Example:
+  tlbridge device --model gru --socket /run/user/1000/gru.sock")]
+pub struct DeviceArgs {
+    /// Which device.
+    #[arg(long, value_enum)]
+    pub model: ModelName,
+    /// Where to listen for a vfio-user client (created with mode 0600).
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// How the device learns of a store.
+    #[arg(long, value_enum, default_value_t = Doorbell::Poll)]
+    pub doorbell: Doorbell,
+    /// Engine threads.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub engines: u32,
+    /// For experiments: leave a check out, and open the window in which that shows.
+    #[arg(long = "break", value_enum, value_name = "CHECK", conflicts_with = "delay")]
+    pub break_check: Option<DeviceFault>,
+    /// For experiments: open the window of a check, with the check on.
+    #[arg(long, value_enum, value_name = "CHECK")]
+    pub delay: Option<DeviceFault>,
+    /// Supervision.
+    #[command(flatten)]
+    pub supervised: Supervised,
+}
+
+/// Options of the host daemon.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Example:
+  tlbridge device --model gru --socket /tmp/d/gru.sock &
+  tlbridge host --socket /tmp/d/host.sock --device /tmp/d/gru.sock")]
+pub struct HostArgs {
+    /// Where to listen for applications (created with mode 0600).
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// The device's vfio-user socket.
+    #[arg(long, value_name = "PATH")]
+    pub device: PathBuf,
+    /// How memory is registered with userfaultfd.
+    #[arg(long, value_enum, default_value_t = UffdModeName::Wp)]
+    pub uffd_mode: UffdModeName,
+    /// After this long without an answer a process is killed, so that nobody waits for it for ever; 0 = never.
+    #[arg(long, value_name = "SECS", default_value_t = 5)]
+    pub fence_timeout: u64,
+    /// Discard purgeable memory now and then, with invalidations that must not block.
+    #[arg(long)]
+    pub reclaim: bool,
+    /// For experiments: leave a check out, and open the window in which that shows.
+    #[arg(long = "break", value_enum, value_name = "CHECK", conflicts_with = "delay")]
+    pub break_check: Option<HostFault>,
+    /// For experiments: open the window of a check, with the check on.
+    #[arg(long, value_enum, value_name = "CHECK")]
+    pub delay: Option<HostFault>,
+    /// Supervision.
+    #[command(flatten)]
+    pub supervised: Supervised,
+}
+
+/// Checks that can be broken in the daemon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum HostFault {
+    /// A userfaultfd event is read before the translations are purged.
+    SafetyNet,
+}
+
+/// Benchmarks.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// What an invalidation costs: munmap of 4 KiB to 1 GiB, plain and through the bridge.
+    Invalidate(BenchArgs),
+}
+
+/// Options of `bench invalidate`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Floor and subject are measured in turn in ABBA blocks; a row shows the median of the paired ratios with its
+95% bootstrap interval. Nothing here is a pass or a fail by time alone: targets are met, not met, or not
+applicable on this machine, with the reason.
+
+Example:
+  tlbridge bench invalidate --json bench.json")]
+pub struct BenchArgs {
+    /// Write the result as one JSON object to a file (`-` = stdout instead of the table).
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Few blocks and small ranges: to see that it works, not to publish.
+    #[arg(long)]
+    pub quick: bool,
+    /// Registration mode: both, unless one is named.
+    #[arg(long, value_enum)]
+    pub uffd_mode: Option<UffdModeName>,
+    /// Seed of the bootstrap.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+}
+
+/// Options of `inspect`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Example:
+  tlbridge inspect /tmp/d/host.sock --json | jq .")]
+pub struct InspectArgs {
+    /// The host daemon's socket.
+    #[arg(value_name = "PATH")]
+    pub path: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The demo's application.
+#[derive(Debug, Clone, Args)]
+pub struct ApplicationArgs {
+    /// The host daemon's socket.
+    #[arg(long)]
+    pub socket: PathBuf,
+    /// How long to run.
+    #[arg(long)]
+    pub seconds: u64,
+    /// Workers.
+    #[arg(long)]
+    pub threads: u32,
+    /// Seed.
+    #[arg(long)]
+    pub seed: u64,
+    /// Memory.
+    #[arg(long)]
+    pub memory_mib: u64,
+    /// Supervision.
+    #[command(flatten)]
+    pub supervised: Supervised,
+}
+
+/// The sleeping subscriber.
+#[derive(Debug, Clone, Args)]
+pub struct PeerArgs {
+    /// The host daemon's socket.
+    #[arg(long)]
+    pub socket: PathBuf,
+    /// Whose memory.
+    #[arg(long)]
+    pub pid: u32,
+    /// First address.
+    #[arg(long)]
+    pub start: u64,
+    /// One past the last address.
+    #[arg(long)]
+    pub end: u64,
+    /// Supervision.
+    #[command(flatten)]
+    pub supervised: Supervised,
+}
+
+/// The benchmark's measured process.
+#[derive(Debug, Clone, Args)]
+pub struct SubjectArgs {
+    /// The host daemon's socket.
+    #[arg(long)]
+    pub socket: PathBuf,
+    /// Few blocks.
+    #[arg(long)]
+    pub quick: bool,
+    /// Seed.
+    #[arg(long)]
+    pub seed: u64,
+    /// Supervision.
+    #[command(flatten)]
+    pub supervised: Supervised,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn test_command_line_when_built_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn test_demo_options_when_no_command_is_given_are_taken() {
+        let cli = Cli::parse_from(["tlbridge", "--seconds", "3", "--threads", "4"]);
+        assert!(cli.command.is_none());
+        assert_eq!(
+            (cli.demo.seconds, cli.demo.threads, cli.demo.memory_mib),
+            (3, 4, 64)
+        );
+        let cli = Cli::parse_from(["tlbridge", "demo", "--break", "kill-bit"]);
+        let Some(Command::Demo(demo)) = cli.command else {
+            panic!("{cli:?}")
+        };
+        assert_eq!(demo.break_check, Some(Fault::KillBit));
+    }
+
+    #[test]
+    fn test_break_and_delay_when_given_together_are_refused() {
+        let both = ["tlbridge", "demo", "--break", "drain", "--delay", "drain"];
+        assert!(Cli::try_parse_from(both).is_err());
+        assert!(Cli::try_parse_from(["tlbridge", "demo", "--break", "nothing"]).is_err());
+        assert!(Cli::try_parse_from(["tlbridge", "demo", "--seconds", "0"]).is_err());
+    }
+}

@@ -1,0 +1,77 @@
+//! `tlbridge device`: one device, served on a socket.
+
+use std::sync::Arc;
+
+use ::device::faults::{BreakPlan, FaultPlan};
+use ::device::gru::{Gru, GruConfig};
+use ::device::model::Model;
+use ::device::pci::Function;
+use ::device::server::{Server, ServerOptions, StopFd};
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use crate::cli::{DeviceArgs, DeviceFault, Doorbell, ModelName};
+use crate::stop::{self, Stop};
+use crate::supervise::Leftovers;
+
+/// Serves until told to end.
+///
+/// # Errors
+/// The socket cannot be used, or the device cannot be built.
+pub fn run(args: &DeviceArgs) -> Result<()> {
+    let stop = Stop::new()?;
+    stop.on_signals()?;
+    let _leftovers = Leftovers(args.supervised.private_dir.iter().cloned().collect());
+    let config = config(args);
+    let function = match args.model {
+        ModelName::Gru => {
+            Function::new(|context| Gru::new(context, config).map(|gru| -> Arc<dyn Model> { gru }))
+                .context("cannot build the GRU")?
+        }
+    };
+    let server = Server::bind(&args.socket, Arc::clone(&function), ServerOptions::default())?;
+    let end = StopFd::new().context("no file descriptor is left (ulimit -n)")?;
+    if args.supervised.supervised {
+        let function = Arc::clone(&function);
+        stop::obey(&stop, move |_| json!({ "stats": function.model().dump() }))?;
+        stop::say(&json!({ "ready": { "pid": std::process::id() } }));
+    } else {
+        eprintln!("serving a GRU at {} (Ctrl-C ends)", args.socket.display());
+    }
+    let forward = {
+        let (stop, end) = (stop.clone(), end.clone());
+        std::thread::spawn(move || {
+            while !stop.wait_for(std::time::Duration::from_secs(3600)) {}
+            end.stop();
+        })
+    };
+    let result = server.run(&end).context("the device's socket failed");
+    stop.request();
+    forward.join().expect("forwarding a request cannot fail");
+    result
+}
+
+fn config(args: &DeviceArgs) -> GruConfig {
+    let mut broken = BreakPlan::default();
+    match args.break_check {
+        Some(DeviceFault::KillBit) => broken.kill_bit = true,
+        Some(DeviceFault::Drain) => broken.drain = true,
+        None => {}
+    }
+    let mut faults = FaultPlan::default();
+    match args.delay {
+        Some(DeviceFault::KillBit) => faults.dropin_delay = Some(FaultPlan::DROPIN_EVERY),
+        Some(DeviceFault::Drain) => faults.drain_delay = Some(FaultPlan::DRAIN_EVERY),
+        None => {}
+    }
+    GruConfig {
+        doorbell: match args.doorbell {
+            Doorbell::Trap => ::device::gru::Doorbell::Trap,
+            Doorbell::Poll => ::device::gru::Doorbell::Poll,
+        },
+        engines: args.engines as usize,
+        broken,
+        faults,
+        ..GruConfig::default()
+    }
+}

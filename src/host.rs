@@ -1,0 +1,57 @@
+//! `tlbridge host`: the host daemon.
+
+use std::time::Duration;
+
+use ::host::daemon::{self, HostConfig, ReclaimConfig};
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use crate::cli::{HostArgs, HostFault};
+use crate::stop::{self, Stop};
+use crate::supervise::Leftovers;
+
+/// How long the broken safety net leaves stale translations alive after the call has returned; with the
+/// check on, how long the call waits.
+const SAFETY_NET_DELAY: Duration = Duration::from_millis(5);
+/// Time between two picks of the reclaimer.
+const RECLAIM_PERIOD: Duration = Duration::from_millis(20);
+
+/// Serves until told to end.
+///
+/// # Errors
+/// No device, no socket, or the device has gone away.
+pub fn run(args: &HostArgs) -> Result<()> {
+    let stop = Stop::new()?;
+    stop.on_signals()?;
+    let _leftovers = Leftovers(args.supervised.private_dir.iter().cloned().collect());
+    let mut config = HostConfig::new(&args.socket, &args.device);
+    config.uffd_mode = args.uffd_mode.into();
+    config.fence_timeout = Duration::from_secs(args.fence_timeout);
+    config.reclaim = args.reclaim.then_some(ReclaimConfig {
+        period: RECLAIM_PERIOD,
+        seed: 1,
+    });
+    config.break_safety_net = args.break_check == Some(HostFault::SafetyNet);
+    if args.break_check.is_some() || args.delay.is_some() {
+        config.safety_net_delay = SAFETY_NET_DELAY;
+    }
+    if args.supervised.supervised {
+        stop::obey(&stop, |_| json!({}))?;
+    }
+    let supervised = args.supervised.supervised;
+    let config = config.on_ready(move |ready| {
+        if supervised {
+            stop::say(&json!({ "ready": { "pid": std::process::id() } }));
+        } else {
+            eprintln!(
+                "accepting applications at {} (Ctrl-C ends)",
+                ready.socket.display()
+            );
+        }
+    });
+    let until = stop
+        .readable()
+        .context("no file descriptor is left (ulimit -n)")?;
+    daemon::run(config, daemon::Stop::when_readable(until))?;
+    Ok(())
+}
