@@ -77,6 +77,101 @@ fn random(state: &mut u64) -> u64 {
     z ^ (z >> 31)
 }
 
+fn open_fds() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+fn threads() -> usize {
+    std::fs::read_dir("/proc/self/task").unwrap().count()
+}
+
+/// In a process of its own, so that nothing else opens or closes descriptors: sessions that come and go, in
+/// good order and in bad, leave neither descriptors nor threads nor mappings of the table.
+fn sessions_come_and_go() {
+    let daemon = Daemon::start(in_process_device().0, |_| {});
+    let memory = memfd(1 << 20);
+    let round = |n: usize| {
+        let (client, fds) = attach(&daemon, "round");
+        let (reply, _) = client.request(&Request::AddMemory { len: 1 << 20 }, &[memory.as_fd()]);
+        assert!(matches!(reply, Reply::Memory { .. }), "{reply:?}");
+        for _ in 0..3 {
+            let create = Request::CreateContext {
+                pid: None,
+                cbs: 2,
+                ds_bytes: 1024,
+                fault_mode: FaultMode::Interrupt,
+            };
+            let (reply, _) = client.request(&create, &[]);
+            assert!(matches!(reply, Reply::Context { .. }), "{reply:?}");
+        }
+        let peer = Client::connect(&daemon.socket);
+        let (reply, peer_fds) = peer.request(
+            &Request::AttachPeer {
+                version: VERSION,
+                pid: std::process::id(),
+                start: 0x1000,
+                end: 0x2000,
+            },
+            &[],
+        );
+        assert!(matches!(reply, Reply::PeerAttached { .. }), "{reply:?}");
+        assert_eq!(
+            peer.refused(&Request::PeerResolve { va: 0x1000 }, &[]),
+            libc::EFAULT
+        );
+        assert_eq!(
+            peer.refused(&Request::PeerResolve { va: 0x1001 }, &[]),
+            libc::EFAULT
+        );
+        assert_eq!(
+            peer.refused(&Request::PeerResolve { va: 0x2000 }, &[]),
+            libc::EFAULT
+        );
+        // The peer leaves first: a peer that does not answer the session's end would be fenced.
+        drop(peer);
+        daemon.stats_until("the peer leaves", |s| s["sessions"][0]["xpmem"]["peers"] == 0);
+        drop(peer_fds);
+        if n % 2 == 0 {
+            client.send(b"{\"request\":", &[memory.as_fd()]).unwrap();
+        }
+        drop((client, fds));
+        daemon.wait_clean();
+    };
+    (0..3).for_each(round);
+    // The control plane keeps its blocking threads for a while; they are as many as ever worked at once.
+    let before = open_fds();
+    (0..20).for_each(round);
+    assert_eq!(open_fds(), before, "descriptors after 20 more sessions");
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    assert!(
+        !maps.contains("tlbridge-table"),
+        "a session's table is still mapped:\n{maps}"
+    );
+    assert!(threads() < 30, "{} threads", threads());
+    let names = std::fs::read_dir("/proc/self/task")
+        .unwrap()
+        .map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).unwrap_or_default());
+    let left: Vec<_> = names
+        .filter(|n| n.starts_with("uffd-") || n.starts_with("mailbox-"))
+        .collect();
+    assert!(left.is_empty(), "session threads are left: {left:?}");
+}
+
+/// Not a test by itself: what a child process of this binary does.
+#[test]
+fn role_entry() {
+    match e2e::role().as_ref().map(|(role, _)| role.as_str()) {
+        Some("come_and_go") => sessions_come_and_go(),
+        Some(other) => panic!("no role {other}"),
+        None => {}
+    }
+}
+
+#[test]
+fn test_sessions_when_they_come_and_go_leave_no_descriptor_and_no_thread() {
+    e2e::Role::start("role_entry", "come_and_go", std::path::Path::new("-")).wait_ok();
+}
+
 #[test]
 fn test_daemon_when_sent_garbage_answers_errors_and_keeps_nothing() {
     let daemon = Daemon::start(in_process_device().0, |_| {});
@@ -86,7 +181,9 @@ fn test_daemon_when_sent_garbage_answers_errors_and_keeps_nothing() {
     let template = serde_json::to_vec(&attach_request("x")).unwrap();
     for round in 0..400usize {
         let bytes: Vec<u8> = match round % 3 {
-            0 => (0..1 + random(&mut seed) % 300).map(|_| random(&mut seed) as u8).collect(),
+            0 => (0..1 + random(&mut seed) % 300)
+                .map(|_| random(&mut seed) as u8)
+                .collect(),
             1 => {
                 let mut bytes = template.clone();
                 let at = random(&mut seed) as usize % bytes.len();
@@ -99,13 +196,31 @@ fn test_daemon_when_sent_garbage_answers_errors_and_keeps_nothing() {
         let fds = vec![leak.1.as_fd(); random(&mut seed) as usize % 12];
         client.send(&bytes, &fds).unwrap();
         let (reply, fds) = client.receive().expect("a reply to each packet");
-        assert!(matches!(reply, Reply::Error { .. }), "{reply:?} to {}", String::from_utf8_lossy(&bytes));
+        assert!(
+            matches!(reply, Reply::Error { .. }),
+            "{reply:?} to {}",
+            String::from_utf8_lossy(&bytes)
+        );
         assert!(fds.is_empty());
     }
-    client.send(&vec![b'x'; MAX_PACKET + 10], &[leak.1.as_fd()]).unwrap();
-    assert!(matches!(client.receive(), Some((Reply::Error { errno: libc::EMSGSIZE, .. }, _))));
+    client
+        .send(&vec![b'x'; MAX_PACKET + 10], &[leak.1.as_fd()])
+        .unwrap();
+    assert!(matches!(
+        client.receive(),
+        Some((
+            Reply::Error {
+                errno: libc::EMSGSIZE,
+                ..
+            },
+            _
+        ))
+    ));
     leak.check("a refused packet");
-    assert!(matches!(client.request(&Request::Stats, &[]).0, Reply::Stats { .. }), "still served");
+    assert!(
+        matches!(client.request(&Request::Stats, &[]).0, Reply::Stats { .. }),
+        "still served"
+    );
     daemon.wait_clean();
 }
 
@@ -133,18 +248,27 @@ fn test_attach_when_descriptors_are_wrong_is_refused() {
         pid: 1,
         name: "other".into(),
     };
-    assert_eq!(client.refused(&wrong_pid, &[uffd.as_fd(), maps.as_fd()]), libc::EPERM);
+    assert_eq!(
+        client.refused(&wrong_pid, &[uffd.as_fd(), maps.as_fd()]),
+        libc::EPERM
+    );
     let wrong_version = Request::Attach {
         version: VERSION + 1,
         pid: std::process::id(),
         name: "new".into(),
     };
-    assert_eq!(client.refused(&wrong_version, &[uffd.as_fd(), maps.as_fd()]), libc::EPROTONOSUPPORT);
+    assert_eq!(
+        client.refused(&wrong_version, &[uffd.as_fd(), maps.as_fd()]),
+        libc::EPROTONOSUPPORT
+    );
     // After all that, the right one.
     let (reply, fds) = client.request(&attach_request("right"), &[uffd.as_fd(), maps.as_fd()]);
     assert!(matches!(reply, Reply::Attached { .. }), "{reply:?}");
     assert!(fds.len() >= 3);
-    assert_eq!(client.refused(&attach_request("twice"), &[uffd.as_fd(), maps.as_fd()]), libc::EALREADY);
+    assert_eq!(
+        client.refused(&attach_request("twice"), &[uffd.as_fd(), maps.as_fd()]),
+        libc::EALREADY
+    );
     drop(client);
     daemon.wait_clean();
 }
@@ -154,7 +278,10 @@ fn test_requests_when_not_attached_are_refused() {
     let daemon = Daemon::start(in_process_device().0, |_| {});
     let client = Client::connect(&daemon.socket);
     let memory = memfd(4096);
-    assert_eq!(client.refused(&Request::AddMemory { len: 4096 }, &[memory.as_fd()]), libc::ENOTCONN);
+    assert_eq!(
+        client.refused(&Request::AddMemory { len: 4096 }, &[memory.as_fd()]),
+        libc::ENOTCONN
+    );
     let create = |pid| Request::CreateContext {
         pid,
         cbs: 2,
@@ -164,15 +291,34 @@ fn test_requests_when_not_attached_are_refused() {
     assert_eq!(client.refused(&create(None), &[]), libc::ENOTCONN);
     assert_eq!(client.refused(&create(Some(1)), &[]), libc::ESRCH);
     for context in [0, 1, u32::MAX] {
-        assert_eq!(client.refused(&Request::DestroyContext { context }, &[]), libc::ENOENT);
-        assert_eq!(client.refused(&Request::CallOs { context, cb: 0 }, &[]), libc::ENOENT);
         assert_eq!(
-            client.refused(&Request::GsegRead { context, offset: 0, len: u32::MAX }, &[]),
+            client.refused(&Request::DestroyContext { context }, &[]),
+            libc::ENOENT
+        );
+        assert_eq!(
+            client.refused(&Request::CallOs { context, cb: 0 }, &[]),
+            libc::ENOENT
+        );
+        assert_eq!(
+            client.refused(
+                &Request::GsegRead {
+                    context,
+                    offset: 0,
+                    len: u32::MAX
+                },
+                &[]
+            ),
             libc::ENOENT
         );
     }
-    assert_eq!(client.refused(&Request::PeerResolve { va: 0 }, &[]), libc::ENOTCONN);
-    assert_eq!(client.refused(&Request::SetPurgeable { start: 0, end: 4096 }, &[]), libc::ENOTCONN);
+    assert_eq!(
+        client.refused(&Request::PeerResolve { va: 0 }, &[]),
+        libc::ENOTCONN
+    );
+    assert_eq!(
+        client.refused(&Request::SetPurgeable { start: 0, end: 4096 }, &[]),
+        libc::ENOTCONN
+    );
 }
 
 #[test]
@@ -181,10 +327,11 @@ fn test_memory_when_two_sessions_add_it_is_mapped_once() {
     let (a, _) = attach(&daemon, "a");
     let (b, _) = attach(&daemon, "b");
     let memory = memfd(16384);
-    let add = |client: &Client, len: u64| match client.request(&Request::AddMemory { len }, &[memory.as_fd()]).0 {
-        Reply::Memory { memory, iova } => (memory, iova),
-        other => panic!("{other:?}"),
-    };
+    let add =
+        |client: &Client, len: u64| match client.request(&Request::AddMemory { len }, &[memory.as_fd()]).0 {
+            Reply::Memory { memory, iova } => (memory, iova),
+            other => panic!("{other:?}"),
+        };
     let first = add(&a, 8192);
     assert_eq!(add(&a, 8192), first, "the same file keeps its number");
     assert_eq!(add(&b, 8192).1, first.1, "another session shares the mapping");
@@ -198,8 +345,14 @@ fn test_memory_when_two_sessions_add_it_is_mapped_once() {
         "longer than the file"
     );
     drop(a);
-    daemon.stats_until("one session is left", |s| s["sessions"].as_array().unwrap().len() == 1);
-    assert_eq!(daemon.stats()["device"]["mapped_files"], 1, "the other session still uses it");
+    daemon.stats_until("one session is left", |s| {
+        s["sessions"].as_array().unwrap().len() == 1
+    });
+    assert_eq!(
+        daemon.stats()["device"]["mapped_files"],
+        1,
+        "the other session still uses it"
+    );
     drop(b);
     daemon.wait_clean();
 }
@@ -245,7 +398,10 @@ fn test_context_when_made_by_message_can_be_read_and_written() {
         other => panic!("{other:?}"),
     }
     for (offset, len, errno) in [(u32::MAX, 8, libc::EINVAL), (ds, 16 * 1024 + 1, libc::E2BIG)] {
-        assert_eq!(client.refused(&Request::GsegRead { context, offset, len }, &[]), errno);
+        assert_eq!(
+            client.refused(&Request::GsegRead { context, offset, len }, &[]),
+            errno
+        );
     }
     let bad = Request::GsegWrite {
         context,
@@ -255,9 +411,18 @@ fn test_context_when_made_by_message_can_be_read_and_written() {
     assert_eq!(client.refused(&bad, &[]), libc::EINVAL);
     // Another connection has no business with it.
     let other = Client::connect(&daemon.socket);
-    assert_eq!(other.refused(&Request::DestroyContext { context }, &[]), libc::ENOENT);
-    assert_eq!(client.request(&Request::DestroyContext { context }, &[]).0, Reply::Done);
-    assert_eq!(client.refused(&Request::DestroyContext { context }, &[]), libc::ENOENT);
+    assert_eq!(
+        other.refused(&Request::DestroyContext { context }, &[]),
+        libc::ENOENT
+    );
+    assert_eq!(
+        client.request(&Request::DestroyContext { context }, &[]).0,
+        Reply::Done
+    );
+    assert_eq!(
+        client.refused(&Request::DestroyContext { context }, &[]),
+        libc::ENOENT
+    );
     drop(client);
     daemon.wait_clean();
 }
@@ -276,7 +441,9 @@ fn test_context_when_made_by_another_connection_ends_with_it() {
     assert!(matches!(tool.request(&create, &[]).0, Reply::Context { .. }));
     assert_eq!(daemon.stats()["sessions"][0]["contexts"], 1);
     drop(tool);
-    daemon.stats_until("the tool's context is closed", |s| s["sessions"][0]["contexts"] == 0);
+    daemon.stats_until("the tool's context is closed", |s| {
+        s["sessions"][0]["contexts"] == 0
+    });
     drop(owner);
     daemon.wait_clean();
 }
@@ -286,9 +453,14 @@ fn test_daemon_when_another_lives_there_says_its_pid() {
     let daemon = Daemon::start(in_process_device().0, |_| {});
     let (stop, _handle) = host::daemon::Stop::new().unwrap();
     let config = host::daemon::HostConfig::new(&daemon.socket, "in-process");
-    let error = host::daemon::run_with_backing(config, in_process_device().0, stop).unwrap_err().to_string();
+    let error = host::daemon::run_with_backing(config, in_process_device().0, stop)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains(&format!("pid {}", std::process::id())), "{error}");
-    assert!(daemon.stats()["daemon"]["pid"].is_u64(), "the first one still serves");
+    assert!(
+        daemon.stats()["daemon"]["pid"].is_u64(),
+        "the first one still serves"
+    );
 }
 
 #[test]
@@ -314,6 +486,12 @@ fn test_run_when_no_device_is_there_says_how_to_start_one() {
     let (stop, _handle) = host::daemon::Stop::new().unwrap();
     let config = host::daemon::HostConfig::new(dir.path().join("host"), dir.path().join("nothing"));
     let error = host::daemon::run(config, stop).unwrap_err().to_string();
-    assert!(error.contains("nothing") && error.contains("tlbridge device"), "{error}");
-    assert!(!dir.path().join("host").exists(), "no socket of a daemon that does not work");
+    assert!(
+        error.contains("nothing") && error.contains("tlbridge device"),
+        "{error}"
+    );
+    assert!(
+        !dir.path().join("host").exists(),
+        "no socket of a daemon that does not work"
+    );
 }
