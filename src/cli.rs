@@ -318,6 +318,12 @@ pub struct ApplicationArgs {
     /// Memory.
     #[arg(long)]
     pub memory_mib: u64,
+    /// One call in so many is a raw system call.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub raw_every: u32,
+    /// One call in so many is preceded and followed by a probe.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub probe_every: u32,
     /// Supervision.
     #[command(flatten)]
     pub supervised: Supervised,
@@ -374,9 +380,14 @@ mod tests {
     fn test_demo_options_when_no_command_is_given_are_taken() {
         let cli = Cli::parse_from(["tlbridge", "--seconds", "3", "--threads", "4"]);
         assert!(cli.command.is_none());
-        assert_eq!((cli.demo.seconds, cli.demo.threads, cli.demo.memory_mib), (3, 4, 64));
+        assert_eq!(
+            (cli.demo.seconds, cli.demo.threads, cli.demo.memory_mib),
+            (3, 4, 64)
+        );
         let cli = Cli::parse_from(["tlbridge", "demo", "--break", "kill-bit"]);
-        let Some(Command::Demo(demo)) = cli.command else { panic!("{cli:?}") };
+        let Some(Command::Demo(demo)) = cli.command else {
+            panic!("{cli:?}")
+        };
         assert_eq!(demo.break_check, Some(Fault::KillBit));
     }
 

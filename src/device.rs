@@ -24,10 +24,10 @@ pub fn run(args: &DeviceArgs) -> Result<()> {
     let _leftovers = Leftovers(args.supervised.private_dir.iter().cloned().collect());
     let config = config(args);
     let function = match args.model {
-        ModelName::Gru => Function::new(|context| {
-            Gru::new(context, config).map(|gru| -> Arc<dyn Model> { gru })
-        })
-        .context("cannot build the GRU")?,
+        ModelName::Gru => {
+            Function::new(|context| Gru::new(context, config).map(|gru| -> Arc<dyn Model> { gru }))
+                .context("cannot build the GRU")?
+        }
     };
     let server = Server::bind(&args.socket, Arc::clone(&function), ServerOptions::default())?;
     let end = StopFd::new().context("no file descriptor is left (ulimit -n)")?;
@@ -58,7 +58,11 @@ fn config(args: &DeviceArgs) -> GruConfig {
         Some(DeviceFault::Drain) => broken.drain = true,
         None => {}
     }
-    let mut faults = FaultPlan::default();
+    let mut faults = FaultPlan {
+        // Long enough for the next invalidation of that range to come, short enough to go on when none does.
+        limit: std::time::Duration::from_millis(60),
+        ..FaultPlan::default()
+    };
     match args.delay {
         Some(DeviceFault::KillBit) => faults.dropin_delay = Some(FaultPlan::DROPIN_EVERY),
         Some(DeviceFault::Drain) => faults.drain_delay = Some(FaultPlan::DRAIN_EVERY),

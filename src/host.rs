@@ -12,7 +12,7 @@ use crate::supervise::Leftovers;
 
 /// How long the broken safety net leaves stale translations alive after the call has returned; with the
 /// check on, how long the call waits.
-const SAFETY_NET_DELAY: Duration = Duration::from_millis(5);
+const SAFETY_NET_DELAY: Duration = Duration::from_millis(10);
 /// Time between two picks of the reclaimer.
 const RECLAIM_PERIOD: Duration = Duration::from_millis(20);
 
@@ -43,10 +43,15 @@ pub fn run(args: &HostArgs) -> Result<()> {
         if supervised {
             stop::say(&json!({ "ready": { "pid": std::process::id() } }));
         } else {
-            eprintln!("accepting applications at {} (Ctrl-C ends)", ready.socket.display());
+            eprintln!(
+                "accepting applications at {} (Ctrl-C ends)",
+                ready.socket.display()
+            );
         }
     });
-    let until = stop.readable().context("no file descriptor is left (ulimit -n)")?;
+    let until = stop
+        .readable()
+        .context("no file descriptor is left (ulimit -n)")?;
     daemon::run(config, daemon::Stop::when_readable(until))?;
     Ok(())
 }

@@ -34,20 +34,38 @@ pub fn run(args: &InspectArgs, out: &mut impl Write) -> Result<()> {
 /// No daemon there, or not one.
 pub fn daemon_stats(path: &Path) -> Result<Value> {
     match ask(path, &Request::Stats)? {
-        Reply::Stats { stats } => serde_json::from_str(&stats)
-            .with_context(|| format!("the daemon at {} sent statistics that are not JSON", path.display())),
+        Reply::Stats { stats } => serde_json::from_str(&stats).with_context(|| {
+            format!(
+                "the daemon at {} sent statistics that are not JSON",
+                path.display()
+            )
+        }),
         Reply::Error { errno, message } => {
-            bail!("the daemon at {} refused: {message} (errno {errno})", path.display())
+            bail!(
+                "the daemon at {} refused: {message} (errno {errno})",
+                path.display()
+            )
         }
-        other => bail!("the daemon at {} answered {other:?} to a request for statistics", path.display()),
+        other => bail!(
+            "the daemon at {} answered {other:?} to a request for statistics",
+            path.display()
+        ),
     }
 }
 
 fn ask(path: &Path, request: &Request) -> Result<Reply> {
-    let socket: OwnedFd = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-        .context("cannot create a socket")?;
+    let socket: OwnedFd = socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .context("cannot create a socket")?;
     let address = SocketAddrUnix::new(path).map_err(|_| {
-        anyhow!("{} is too long for a socket's path (108 bytes): use a shorter one", path.display())
+        anyhow!(
+            "{} is too long for a socket's path (108 bytes): use a shorter one",
+            path.display()
+        )
     })?;
     connect(&socket, &address).with_context(|| {
         format!(
@@ -67,7 +85,10 @@ fn ask(path: &Path, request: &Request) -> Result<Reply> {
     let (len, _) = recv(&socket, &mut packet[..], RecvFlags::empty())
         .with_context(|| format!("no answer from the daemon at {} within 10 s", path.display()))?;
     if len == 0 {
-        bail!("the daemon at {} closed the connection without an answer", path.display());
+        bail!(
+            "the daemon at {} closed the connection without an answer",
+            path.display()
+        );
     }
     serde_json::from_slice(&packet[..len])
         .with_context(|| format!("the answer from {} is not a daemon's", path.display()))
@@ -104,11 +125,22 @@ mod tests {
     use rustix::net::{acceptfrom, bind, listen};
 
     /// A daemon that gives one answer.
-    fn daemon(answer: &[u8]) -> (tempfile::TempDir, std::path::PathBuf, std::thread::JoinHandle<Vec<u8>>) {
+    fn daemon(
+        answer: &[u8],
+    ) -> (
+        tempfile::TempDir,
+        std::path::PathBuf,
+        std::thread::JoinHandle<Vec<u8>>,
+    ) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("host.sock");
-        let listener =
-            socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let listener = socket_with(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
         bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
         listen(&listener, 1).unwrap();
         let answer = answer.to_vec();
@@ -131,10 +163,16 @@ mod tests {
             let (_dir, path, thread) = daemon(&reply);
             let mut out = Vec::new();
             run(&InspectArgs { path, json }, &mut out).unwrap();
-            assert_eq!(thread.join().unwrap(), serde_json::to_vec(&Request::Stats).unwrap());
+            assert_eq!(
+                thread.join().unwrap(),
+                serde_json::to_vec(&Request::Stats).unwrap()
+            );
             let text = String::from_utf8(out).unwrap();
             if json {
-                assert_eq!(serde_json::from_str::<Value>(&text).unwrap()["driver"]["faults"], 3);
+                assert_eq!(
+                    serde_json::from_str::<Value>(&text).unwrap()["driver"]["faults"],
+                    3
+                );
             } else {
                 assert_eq!(text, "driver:\n  faults: 3\nname: x\nsessions[0]:\n  pid: 7\n");
             }
@@ -159,6 +197,9 @@ mod tests {
     #[test]
     fn test_inspect_when_nobody_listens_names_the_path_and_the_way_out() {
         let error = format!("{:#}", daemon_stats(Path::new("/nowhere/host.sock")).unwrap_err());
-        assert!(error.contains("/nowhere/host.sock") && error.contains("tlbridge host"), "{error}");
+        assert!(
+            error.contains("/nowhere/host.sock") && error.contains("tlbridge host"),
+            "{error}"
+        );
     }
 }

@@ -86,7 +86,11 @@ impl Service {
             Err(RecvTimeoutError::Timeout) => Ok(None),
             Err(RecvTimeoutError::Disconnected) => {
                 let status = self.child.wait().context("wait")?;
-                bail!("the {} process (pid {}) ended early: {status}; see its message above", self.name, self.pid())
+                bail!(
+                    "the {} process (pid {}) ended early: {status}; see its message above",
+                    self.name,
+                    self.pid()
+                )
             }
         }
     }
@@ -129,7 +133,11 @@ impl Service {
     /// Says so if it has ended.
     pub fn ended(&mut self) -> Option<String> {
         let status = self.child.try_wait().ok()??;
-        Some(format!("the {} process (pid {}) ended: {status}", self.name, self.child.id()))
+        Some(format!(
+            "the {} process (pid {}) ended: {status}",
+            self.name,
+            self.child.id()
+        ))
     }
 
     /// Tells it to end, and waits. A child that does not end is killed.
@@ -139,7 +147,10 @@ impl Service {
     pub fn end_cleanly(mut self) -> Result<()> {
         let status = self.finish()?;
         if !status.success() {
-            bail!("the {} process did not end cleanly: {status}; see its message above", self.name);
+            bail!(
+                "the {} process did not end cleanly: {status}; see its message above",
+                self.name
+            );
         }
         Ok(())
     }

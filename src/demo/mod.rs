@@ -67,11 +67,13 @@ pub enum Verdict {
 macro_rules! args {
     ($($arg:expr),* $(,)?) => { vec![$(OsString::from($arg)),*] };
 }
-pub(crate) use args;
-
 /// The value's name on the command line.
 pub(crate) fn name(value: impl ValueEnum) -> String {
-    value.to_possible_value().expect("no value is skipped").get_name().to_owned()
+    value
+        .to_possible_value()
+        .expect("no value is skipped")
+        .get_name()
+        .to_owned()
 }
 
 fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
@@ -84,7 +86,10 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     let ready = application.expect("ready", START_LIMIT, stop)?;
     let mut peer = match args.no_peer {
         true => None,
-        false => Some(Service::start("xpmem peer", peer_args(&application, &ready, &host_socket)?)?),
+        false => Some(Service::start(
+            "xpmem peer",
+            peer_args(&application, &ready, &host_socket)?,
+        )?),
     };
     if let Some(peer) = &mut peer {
         peer.expect("ready", START_LIMIT, stop)?;
@@ -93,7 +98,11 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     let report = follow(args, &mut application, stop).with_context(|| {
         let others = [&mut device, &mut host].into_iter().chain(&mut peer);
         let ended: Vec<String> = others.filter_map(Service::ended).collect();
-        if ended.is_empty() { "the run was cut short".to_owned() } else { ended.join("; ") }
+        if ended.is_empty() {
+            "the run was cut short".to_owned()
+        } else {
+            ended.join("; ")
+        }
     })?;
     let host_stats = inspect::daemon_stats(&host_socket)?;
     device.ask("stats")?;
@@ -107,7 +116,10 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     };
 
     // The application first: while it is there, the others are in use.
-    for service in [peer, Some(application), Some(host), Some(device)].into_iter().flatten() {
+    for service in [peer, Some(application), Some(host), Some(device)]
+        .into_iter()
+        .flatten()
+    {
         service.end_cleanly()?;
     }
     Ok(DemoResult {
@@ -132,7 +144,10 @@ fn follow(args: &DemoArgs, application: &mut Service, stop: &Stop) -> Result<Rep
         }
         let Some(mut line) = application.next(Duration::from_millis(100))? else {
             if std::time::Instant::now() > limit {
-                bail!("the application (pid {}) does not end; RUST_LOG=debug shows what hangs", application.pid());
+                bail!(
+                    "the application (pid {}) does not end; RUST_LOG=debug shows what hangs",
+                    application.pid()
+                );
             }
             continue;
         };
@@ -190,7 +205,10 @@ fn host_args(args: &DemoArgs, dir: &Path, device: &Path, socket: &Path) -> Vec<O
 
 fn peer_args(application: &Service, ready: &Value, socket: &Path) -> Result<Vec<OsString>> {
     let address = |key: &str| {
-        ready[key].as_u64().map(|a| a.to_string()).with_context(|| format!("the application named no {key}"))
+        ready[key]
+            .as_u64()
+            .map(|a| a.to_string())
+            .with_context(|| format!("the application named no {key}"))
     };
     Ok(args![
         "peer",
@@ -206,6 +224,13 @@ fn peer_args(application: &Service, ready: &Value, socket: &Path) -> Result<Vec<
 }
 
 fn application_args(args: &DemoArgs, socket: &Path) -> Vec<OsString> {
+    let (raw_every, probe_every) = match args.break_check.or(args.delay) {
+        None => (3, 4),
+        // While the safety net is delayed nothing can be filled: with many raw calls nothing would run.
+        Some(Fault::SafetyNet) => (24, 2),
+        // Each probe's own fill or store would be delayed as well.
+        Some(Fault::KillBit | Fault::Drain) => (3, 16),
+    };
     args![
         "application",
         "--socket",
@@ -218,6 +243,10 @@ fn application_args(args: &DemoArgs, socket: &Path) -> Vec<OsString> {
         args.seed.to_string(),
         "--memory-mib",
         args.memory_mib.to_string(),
+        "--raw-every",
+        raw_every.to_string(),
+        "--probe-every",
+        probe_every.to_string(),
     ]
 }
 

@@ -51,7 +51,10 @@ pub fn run(args: &PeerArgs) -> Result<()> {
             if stop.wait_for(Duration::from_secs(5)) {
                 break;
             }
-            bail!("the host daemon at {} no longer serves this attachment", args.socket.display());
+            bail!(
+                "the host daemon at {} no longer serves this attachment",
+                args.socket.display()
+            );
         }
         let va = args.start + random.below(words) as u64 * 8;
         counts.reads.fetch_add(1, Ordering::Relaxed);

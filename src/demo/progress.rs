@@ -74,6 +74,9 @@ mod tests {
     #[test]
     fn test_text_when_figures_are_given_names_each() {
         let now = serde_json::json!({"operations": 5, "verified_bytes": 3 << 20, "invalidations": 7});
-        assert_eq!(text(&now), "5 operations, 3 MiB verified, 7 invalidations, 0 stale");
+        assert_eq!(
+            text(&now),
+            "5 operations, 3 MiB verified, 7 invalidations, 0 stale"
+        );
     }
 }

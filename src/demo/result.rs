@@ -115,13 +115,22 @@ impl DemoResult {
         };
         let figure = |key: &str| all[key].as_u64().unwrap_or(0);
         row("operations", grouped(app.workers.operations));
-        row("  judged strictly (nothing changed meanwhile)", grouped(app.workers.strict));
+        row(
+            "  judged strictly (nothing changed meanwhile)",
+            grouped(app.workers.strict),
+        );
         row("verified", format!("{} MiB", app.workers.verified_bytes >> 20));
         row("TLB hits", grouped(figure("tlb_hits")));
         row("TLB misses", grouped(figure("tlb_misses")));
         row("faults served", grouped(figure("faults_served")));
-        row("exceptions that had to come", grouped(figure("expected_exceptions")));
-        row("pages whose canary was checked", grouped(app.canary_pages_checked));
+        row(
+            "exceptions that had to come",
+            grouped(figure("expected_exceptions")),
+        );
+        row(
+            "pages whose canary was checked",
+            grouped(app.canary_pages_checked),
+        );
         let (switches, starts) = self.switches();
         row(
             "voluntary context switches per invalidation",
@@ -131,7 +140,11 @@ impl DemoResult {
         row("xpmem zaps (sleeping subscriber)", grouped(figure("xpmem_zaps")));
         row(
             "reclaimer: discarded, pieces skipped",
-            format!("{} KiB, {}", figure("reclaimer_discarded_bytes") >> 10, figure("reclaimer_skipped")),
+            format!(
+                "{} KiB, {}",
+                figure("reclaimer_discarded_bytes") >> 10,
+                figure("reclaimer_skipped")
+            ),
         );
         row("forks", grouped(app.forks));
         text.push('\n');
@@ -188,7 +201,11 @@ impl DemoResult {
 }
 
 fn ratio(part: u64, whole: u64) -> f64 {
-    if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
+    if whole == 0 {
+        0.0
+    } else {
+        part as f64 / whole as f64
+    }
 }
 
 /// 1234567 as 1,234,567.
@@ -251,7 +268,10 @@ mod tests {
         ] {
             assert!(json[key].is_u64(), "{key}: {}", json[key]);
         }
-        assert_eq!((json["tlb_hits"].as_u64(), json["tlb_misses"].as_u64()), (Some(15), Some(3)));
+        assert_eq!(
+            (json["tlb_hits"].as_u64(), json["tlb_misses"].as_u64()),
+            (Some(15), Some(3))
+        );
         assert_eq!(json["voluntary_context_switches_per_invalidation"], 0.25);
         assert_eq!(json["invalidations_by_call"][0]["p50_ns"], 1500);
     }
@@ -259,8 +279,13 @@ mod tests {
     #[test]
     fn test_table_when_printed_shows_latencies_and_the_verdict() {
         let table = result(0).table();
-        assert!(table.contains("munmap          agent        1,234      1.5 us      2.0 ms      3.00 s"), "{table}");
-        assert!(table.ends_with("0 stale accesses (canary 0, address 0, generation 0, attached process 0)\n"));
+        assert!(
+            table.contains("munmap          agent        1,234      1.5 us      2.0 ms      3.00 s"),
+            "{table}"
+        );
+        assert!(
+            table.ends_with("0 stale accesses (canary 0, address 0, generation 0, attached process 0)\n")
+        );
         assert_eq!(result(0).verdict(), Verdict::Right);
         assert_eq!(result(1).verdict(), Verdict::Stale);
     }

@@ -211,7 +211,10 @@ mod tests {
     fn test_canary_when_poison_is_intact_releases_quietly() {
         let (memory, oracles) = (memory(4), Oracles::default());
         let frames = Frames::new(&memory, Duration::from_secs(60));
-        frames.add(Frame { first_page: 0, pages: 4 });
+        frames.add(Frame {
+            first_page: 0,
+            pages: 4,
+        });
         let frame = frames.take(4).unwrap();
         assert!(frames.take(4).is_none() && frames.take(1).is_none());
         frames.quarantine(frame, departure());
@@ -227,7 +230,10 @@ mod tests {
     fn test_canary_when_device_writes_late_reports_where_and_what() {
         let (memory, oracles) = (memory(4), Oracles::default());
         let frames = Frames::new(&memory, Duration::ZERO);
-        frames.add(Frame { first_page: 0, pages: 4 });
+        frames.add(Frame {
+            first_page: 0,
+            pages: 4,
+        });
         let frame = frames.take(4).unwrap();
         frames.quarantine(frame, departure());
         memory[600].store(words::store(3, 77, 88), Ordering::Relaxed);

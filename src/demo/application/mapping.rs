@@ -50,7 +50,9 @@ pub fn arena(len: u64, seed: u64) -> io::Result<u64> {
             Err(e) => return Err(e),
         }
     }
-    Err(io::Error::other(format!("no free range of {len} bytes above {LOWEST:#x}")))
+    Err(io::Error::other(format!(
+        "no free range of {len} bytes above {LOWEST:#x}"
+    )))
 }
 
 /// Makes the calls.
@@ -105,8 +107,9 @@ impl Calls for Mapper<'_> {
         match path {
             // SAFETY: a slot of the arena, which holds nothing but this program's test memory; no Rust
             // reference points into it.
-            Path::Agent => unsafe { self.agent.mmap(va, len, prot, flags, self.fd(), offset) }
-                .map(|c| c.generation),
+            Path::Agent => {
+                unsafe { self.agent.mmap(va, len, prot, flags, self.fd(), offset) }.map(|c| c.generation)
+            }
             Path::Raw => {
                 let generation = self.raw_generation();
                 // SAFETY: as above.

@@ -117,7 +117,8 @@ impl Calls for Machine<'_> {
     fn map_over(&self, _: Path, va: u64, len: u64, offset: u64, prot: Prot) -> io::Result<u64> {
         self.change(Fault::None, &[(va, len)], |t| {
             for i in 0..len / PAGE {
-                t.mapped.insert(va / PAGE + i, ((offset / PAGE + i) as usize, prot));
+                t.mapped
+                    .insert(va / PAGE + i, ((offset / PAGE + i) as usize, prot));
             }
         })
     }
@@ -178,7 +179,9 @@ impl<'m> Context<'m> {
 
     fn read(&self, va: u64, tag: &mut u64) -> Option<u64> {
         let mut value = 0;
-        let used = self.machine.access(va, false, |w| value = w.load(Ordering::Relaxed))?;
+        let used = self
+            .machine
+            .access(va, false, |w| value = w.load(Ordering::Relaxed))?;
         *tag = used.min(*tag);
         Some(value)
     }

@@ -201,7 +201,11 @@ impl Planner {
     /// (first word, elements, stride): sometimes strided, often across page edges.
     fn run(&mut self, slot: &Slot, most: usize) -> (usize, usize, usize) {
         let words = slot.pages * WORDS_PER_PAGE;
-        let stride = if self.random.chance(1, 4) { 1 + self.random.below(96) } else { 1 };
+        let stride = if self.random.chance(1, 4) {
+            1 + self.random.below(96)
+        } else {
+            1
+        };
         let most = most.min((words - 1) / stride + 1);
         // Short and long runs alike: half of them below 64 elements.
         let count = 1 + if self.random.chance(1, 2) {
@@ -226,7 +230,10 @@ impl Planner {
         if stride > 1 && count > 1 {
             places.push(first + 1);
         }
-        places.into_iter().map(|word| Place { operand: 0, word }).collect()
+        places
+            .into_iter()
+            .map(|word| Place { operand: 0, word })
+            .collect()
     }
 
     fn load(&mut self, slot: &Slot) -> Plan {
@@ -249,8 +256,9 @@ impl Planner {
         let va = slot.va + first as u64 * 8;
         let instruction = Instruction::vstore(va, 0, XType::DWORD, count as u64, stride as u64);
         let mut plan = Self::writing("vstore", slot, instruction);
-        let values: Vec<u64> =
-            (0..count).map(|i| words::store(slot.index, self.operation, first + i * stride)).collect();
+        let values: Vec<u64> = (0..count)
+            .map(|i| words::store(slot.index, self.operation, first + i * stride))
+            .collect();
         plan.writes = (0..count)
             .map(|i| {
                 let place = Place {
@@ -341,8 +349,9 @@ impl Planner {
     /// Distinct word numbers inside the slot.
     fn scattered(&mut self, slot: &Slot) -> Vec<usize> {
         let words = slot.pages * WORDS_PER_PAGE;
-        let mut chosen: Vec<usize> =
-            (0..1 + self.random.below(48)).map(|_| self.random.below(words)).collect();
+        let mut chosen: Vec<usize> = (0..1 + self.random.below(48))
+            .map(|_| self.random.below(words))
+            .collect();
         chosen.sort_unstable();
         chosen.dedup();
         chosen
@@ -367,8 +376,10 @@ impl Planner {
         let half = (self.ds_words / 2 * 8) as u32;
         let instruction = Instruction::ivstore(slot.va, 0, half, XType::DWORD, chosen.len() as u64);
         let mut plan = Self::writing("ivstore", slot, instruction);
-        let values: Vec<u64> =
-            chosen.iter().map(|w| words::store(slot.index, self.operation, *w)).collect();
+        let values: Vec<u64> = chosen
+            .iter()
+            .map(|w| words::store(slot.index, self.operation, *w))
+            .collect();
         plan.data = vec![
             (0, values.clone()),
             (half, chosen.iter().map(|w| *w as u64 * 8).collect()),

@@ -69,7 +69,11 @@ impl<'a> Purgeable<'a> {
         match executor.execute(&load)? {
             Outcome::Completed { .. } => executor.read_ds(0, &mut found)?,
             Outcome::Exception { ecause } => {
-                self.report(Oracle::Result, va, format!("exception (ecause {ecause:#x}) on a load"));
+                self.report(
+                    Oracle::Result,
+                    va,
+                    format!("exception (ecause {ecause:#x}) on a load"),
+                );
                 return Ok(());
             }
         }
@@ -88,12 +92,17 @@ impl<'a> Purgeable<'a> {
         }
         if found.contains(&0) {
             self.counts.loads_of_discarded += 1;
-            let new: Vec<u64> =
-                (0..RUN).map(|i| words::store(SLOT, self.operation, (first + i) % WORDS_PER_PAGE)).collect();
+            let new: Vec<u64> = (0..RUN)
+                .map(|i| words::store(SLOT, self.operation, (first + i) % WORDS_PER_PAGE))
+                .collect();
             executor.write_ds(0, &new)?;
             let store = Instruction::vstore(va, 0, XType::DWORD, RUN as u64, 1);
             if let Outcome::Exception { ecause } = executor.execute(&store)? {
-                self.report(Oracle::Result, va, format!("exception (ecause {ecause:#x}) on a store"));
+                self.report(
+                    Oracle::Result,
+                    va,
+                    format!("exception (ecause {ecause:#x}) on a store"),
+                );
             }
             self.counts.stores += 1;
             let seen: Vec<u64> = (0..RUN).map(look).collect();
@@ -125,7 +134,9 @@ mod tests {
     fn run(fault: Fault) -> (Oracles, PurgeableCounts) {
         let memory: Vec<AtomicU64> = (0..8 * WORDS_PER_PAGE).map(|_| AtomicU64::new(0)).collect();
         let machine = Machine::new(&memory, fault);
-        machine.map_over(Path::Agent, 0x10_0000, 4 * 4096, 0, Prot::ReadWrite).unwrap();
+        machine
+            .map_over(Path::Agent, 0x10_0000, 4 * 4096, 0, Prot::ReadWrite)
+            .unwrap();
         let oracles = Oracles::default();
         let mut context = Context::new(&machine);
         let alias = &memory[..4 * WORDS_PER_PAGE];
@@ -144,7 +155,10 @@ mod tests {
     fn test_purgeable_when_discarded_now_and_then_accepts_zeroes_only() {
         let (oracles, counts) = run(Fault::None);
         assert_eq!(oracles.samples(), []);
-        assert!(counts.loads_of_discarded > 8 && counts.loads_of_discarded < counts.loads, "{counts:?}");
+        assert!(
+            counts.loads_of_discarded > 8 && counts.loads_of_discarded < counts.loads,
+            "{counts:?}"
+        );
     }
 
     #[test]

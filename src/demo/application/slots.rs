@@ -111,7 +111,11 @@ impl Slot {
         let generation = self.generation.load(Ordering::Relaxed);
         fence(Ordering::Acquire);
         // A torn view is made unsettled, so nobody trusts its fields.
-        let version = if self.version.load(Ordering::Relaxed) == version { version } else { version | 1 };
+        let version = if self.version.load(Ordering::Relaxed) == version {
+            version
+        } else {
+            version | 1
+        };
         let mapping = (frame != NOTHING).then_some(Mapping {
             frame: Frame {
                 first_page: frame as usize,
@@ -135,7 +139,11 @@ impl Slot {
     /// Begins a change. Only the disturber that owns the slot calls this.
     pub fn begin(&self) {
         let before = self.version.fetch_add(1, Ordering::SeqCst);
-        assert!(before.is_multiple_of(2), "slot {} is already being changed", self.index);
+        assert!(
+            before.is_multiple_of(2),
+            "slot {} is already being changed",
+            self.index
+        );
         fence(Ordering::SeqCst);
     }
 
@@ -159,7 +167,32 @@ impl Slot {
         self.prot.store(prot, Ordering::Relaxed);
         self.generation.store(generation, Ordering::Relaxed);
         let before = self.version.fetch_add(1, Ordering::SeqCst);
-        assert!(!before.is_multiple_of(2), "slot {} was not being changed", self.index);
+        assert!(
+            !before.is_multiple_of(2),
+            "slot {} was not being changed",
+            self.index
+        );
+    }
+}
+
+/// The slot that each worker should look at next: one that has just been changed, where a stale translation
+/// would show at once.
+#[derive(Debug)]
+pub struct Hot(Vec<AtomicU64>);
+
+impl Hot {
+    /// For that many workers, who divide the slots by their number.
+    pub fn new(workers: usize) -> Self {
+        Self((0..workers).map(|_| AtomicU64::new(NOTHING)).collect())
+    }
+    /// A slot has been changed.
+    pub fn set(&self, slot: usize) {
+        self.0[slot % self.0.len()].store(slot as u64, Ordering::Relaxed);
+    }
+    /// The slot that was changed last among those of a worker.
+    pub fn get(&self, worker: usize) -> Option<usize> {
+        let slot = self.0[worker].load(Ordering::Relaxed);
+        (slot != NOTHING).then_some(slot as usize)
     }
 }
 
@@ -200,7 +233,10 @@ mod tests {
         assert!(!slot.view().settled());
         assert!(!first.unchanged(&slot.view()));
         let mapping = Mapping {
-            frame: Frame { first_page: 8, pages: 4 },
+            frame: Frame {
+                first_page: 8,
+                pages: 4,
+            },
             prot: Prot::Read,
         };
         slot.end(Some(mapping), 17);

@@ -79,10 +79,7 @@ pub fn describe(word: u64) -> String {
     let payload = word >> PAYLOAD_SHIFT & ((1 << (KIND_SHIFT - PAYLOAD_SHIFT)) - 1);
     let index = word >> INDEX_SHIFT & 0x1ff;
     let (page, epoch) = (payload >> EPOCH_BITS, payload & ((1 << EPOCH_BITS) - 1));
-    let (slot, operation) = (
-        payload >> OPERATION_BITS,
-        payload & ((1 << OPERATION_BITS) - 1),
-    );
+    let (slot, operation) = (payload >> OPERATION_BITS, payload & ((1 << OPERATION_BITS) - 1));
     match word >> KIND_SHIFT {
         KIND_FILL => format!("first content of page {page} word {index} (epoch {epoch})"),
         KIND_STORE => format!("word {index} stored in slot {slot} by operation {operation}"),
@@ -113,7 +110,10 @@ mod tests {
     #[test]
     fn test_describe_when_word_is_known_names_its_origin() {
         assert_eq!(describe(poison(9, 4, 7)), "poison of page 9 word 7 (epoch 4)");
-        assert_eq!(describe(store(12, 345, 6)), "word 6 stored in slot 12 by operation 345");
+        assert_eq!(
+            describe(store(12, 345, 6)),
+            "word 6 stored in slot 12 by operation 345"
+        );
         assert!(describe(0x1234).contains("nobody"));
         assert!(describe(0).contains("hole"));
     }
