@@ -200,6 +200,7 @@ impl Atc {
                 va,
                 shift: fill.size.shift(),
                 writable: fill.writable,
+                storable: target.prot().write,
                 host: target.ptr().as_ptr().expose_provenance() as u64,
                 iova: fill.iova,
                 tag: fill.tag,

@@ -97,6 +97,7 @@ pub(super) struct Core {
     state: Lock<State>,
     checks: Checks,
     drain_warning: std::time::Duration,
+    drain_waits: Counter,
     drain_spins: Counter,
     drain_yields: Counter,
 }
@@ -134,6 +135,7 @@ impl Core {
             }),
             checks: config.checks,
             drain_warning: config.drain_warning,
+            drain_waits: Counter::new(0),
             drain_spins: Counter::new(0),
             drain_yields: Counter::new(0),
         }
@@ -164,6 +166,8 @@ impl Core {
     #[inline]
     fn enter(&self, slot: &EngineSlot) {
         let epoch = slot.epoch.load(Ordering::Relaxed);
+        // (A guard that was forgotten instead of dropped: going on would count as being outside.)
+        assert!(epoch & 1 == 0, "an access inside an access");
         // Release although it opens something: a purge that misses the (even) value of the previous leave
         // and reads this one must still acquire what came before.
         slot.epoch.store(epoch.wrapping_add(1), Ordering::Release);
@@ -192,9 +196,9 @@ impl Core {
         }
         self.enter(slot);
         let miss = match self.lookup(space, va) {
-            Some(found) if !write || found.0.writable || !self.checks.clean => {
+            Some((found, shift)) if !write || found.writable || (!self.checks.clean && found.storable) => {
                 bump(&slot.hits);
-                return Ok(found);
+                return Ok((found, shift));
             }
             Some(_) => {
                 bump(&slot.mod_misses);
@@ -414,7 +418,7 @@ impl Core {
             .filter_map(|ticket| ticket.open.then(|| ticket.widen(reach)))
             .filter(|&widened| widened)
             .count();
-        let entries = if self.checks.clear {
+        let entries = if self.checks.clear || reach.frees_memory() {
             let sweep = Sweep {
                 keep: None,
                 overlap: self.checks.overlap,
@@ -439,7 +443,7 @@ impl Core {
     /// Wait for the accesses that may have found what was cleared, then stop being active.
     pub(super) fn finish(&self, begun: Begun) -> PurgeReport {
         let mut report = begun.report;
-        if self.checks.drain {
+        if self.checks.drain || begun.reach.frees_memory() {
             self.drain(&mut report, None);
         }
         self.retire(&begun);
@@ -474,6 +478,7 @@ impl Core {
                 continue;
             }
             report.waited_for += 1;
+            self.drain_waits.fetch_add(1, Relax::Relaxed);
             self.wait_for(engine, epoch, report);
         }
         self.drain_spins.fetch_add(report.spins, Relax::Relaxed);
@@ -585,6 +590,7 @@ impl Core {
             stats.misses += engine.misses.load(Relax::Relaxed);
             stats.mod_misses += engine.mod_misses.load(Relax::Relaxed);
         }
+        stats.drain_waits = self.drain_waits.load(Relax::Relaxed);
         stats.drain_spins = self.drain_spins.load(Relax::Relaxed);
         stats.drain_yields = self.drain_yields.load(Relax::Relaxed);
         stats.lock_yields = self.state.yields();

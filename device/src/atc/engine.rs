@@ -63,8 +63,8 @@ impl Engine {
         // Exposed when the entry was filled from a mapping.
         let host = std::ptr::with_exposed_provenance_mut::<u8>((found.host + offset) as usize);
         let start = NonNull::new(host).expect("no mapping is at address 0");
-        // SAFETY: the entry points into a mapping that permits this access (checked by the fill, and
-        // `writable` by the look-up). The mapping goes away only after a purge of its IOVA has drained,
+        // SAFETY: the entry points into a mapping that permits this access (checked by the fill, and for
+        // stores by the look-up, whatever is switched off). The mapping goes away only after a purge of its IOVA has drained,
         // and that waits for this engine to leave, which the guard's drop does.
         let window = unsafe { Window::new(start, len as usize, write) };
         let guard = Guard {

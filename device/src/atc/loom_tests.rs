@@ -75,6 +75,7 @@ fn entry(va: u64, shift: u8, tag: u64) -> Entry {
         va,
         shift,
         writable: true,
+        storable: true,
         host: tag << 12,
         iova: 0,
         tag,

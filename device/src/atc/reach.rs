@@ -67,6 +67,12 @@ impl From<Purge> for Reach {
 }
 
 impl Reach {
+    /// Whether memory is unmapped after it. Such a purge is always done completely: an injected fault may
+    /// show an engine old contents, never memory that is not there.
+    pub(super) fn frees_memory(self) -> bool {
+        matches!(self, Self::Target(_))
+    }
+
     /// Whether it meets an entry (or the part of one that `va` and `target` name).
     pub(super) fn meets(self, space: u64, va: Span, target: Span) -> bool {
         match self {

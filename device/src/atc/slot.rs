@@ -12,6 +12,8 @@ const VALID: u64 = 1 << 8;
 const SHIFT: u64 = 0xff;
 /// In `host`: stores are allowed.
 const WRITABLE: u64 = 1;
+/// In `host`: the mapping itself allows stores, whatever software said.
+const STORABLE: u64 = 2;
 /// Low bits of a page-aligned word, free for flags.
 const LOW: u64 = 0xfff;
 /// Look-ups of a slot that is being rewritten before it counts as a miss. (The writer can be preempted;
@@ -25,7 +27,10 @@ pub(super) struct Entry {
     /// First address of the page.
     pub(super) va: u64,
     pub(super) shift: u8,
+    /// Software allows stores.
     pub(super) writable: bool,
+    /// The mapping allows stores; true where `writable` is.
+    pub(super) storable: bool,
     /// Host address of the page's first byte; a multiple of 4096.
     pub(super) host: u64,
     pub(super) iova: u64,
@@ -66,6 +71,7 @@ pub(super) struct Found {
     /// Host address of the page's first byte.
     pub(super) host: u64,
     pub(super) writable: bool,
+    pub(super) storable: bool,
     pub(super) tag: u64,
 }
 
@@ -78,7 +84,7 @@ pub(super) struct Slot {
     /// 0: empty. Else page | VALID | shift.
     key: AtomicU64,
     space: AtomicU64,
-    /// Page-aligned | WRITABLE.
+    /// Page-aligned | WRITABLE | STORABLE.
     host: AtomicU64,
     tag: AtomicU64,
     iova: AtomicU64,
@@ -120,6 +126,7 @@ impl Slot {
                 return Some(Found {
                     host: host & !LOW,
                     writable: host & WRITABLE != 0,
+                    storable: host & STORABLE != 0,
                     tag,
                 });
             }
@@ -145,6 +152,7 @@ impl Slot {
             va: key & !LOW,
             shift: (key & SHIFT) as u8,
             writable: host & WRITABLE != 0,
+            storable: host & STORABLE != 0,
             host: host & !LOW,
             iova: self.iova.load(Ordering::Relaxed),
             tag: self.tag.load(Ordering::Relaxed),
@@ -163,15 +171,17 @@ impl Slot {
             entry.host & LOW == 0 && entry.va & LOW == 0,
             "entry is not page-aligned"
         );
+        assert!(
+            entry.storable || !entry.writable,
+            "a writable entry for memory that is not"
+        );
         let seq = self.seq.load(Ordering::Relaxed);
         self.seq.store(seq.wrapping_add(1), Ordering::Relaxed);
         // Whoever sees one of the words below sees the odd sequence, too.
         fence(Ordering::Release);
         self.space.store(entry.space, Ordering::Relaxed);
-        self.host.store(
-            entry.host | if entry.writable { WRITABLE } else { 0 },
-            Ordering::Relaxed,
-        );
+        let flags = (u64::from(entry.writable) * WRITABLE) | (u64::from(entry.storable) * STORABLE);
+        self.host.store(entry.host | flags, Ordering::Relaxed);
         self.tag.store(entry.tag, Ordering::Relaxed);
         self.iova.store(entry.iova, Ordering::Relaxed);
         self.key

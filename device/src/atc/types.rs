@@ -264,6 +264,8 @@ pub struct AtcStats {
     pub purges: u64,
     /// Entries that purges cleared.
     pub entries_purged: u64,
+    /// Engines that drains had to wait for; counted when the wait begins.
+    pub drain_waits: u64,
     /// Iterations of drains that spun.
     pub drain_spins: u64,
     /// Iterations of drains that gave the CPU away.

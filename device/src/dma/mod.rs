@@ -22,8 +22,10 @@ use std::ops::Range;
 
 use rustix::io::Errno;
 
-/// Most mappings that one space holds (the limit that vfio-user's `max_dma_maps` defaults to).
-pub const MAX_MAPPINGS: usize = 65_535;
+/// Most mappings that one space holds; a server says so in its `max_dma_maps`. (The protocol's default of
+/// 65,535 is more than a process may have by the kernel's `vm.max_map_count`, and a process without any
+/// left cannot start a thread.)
+pub const MAX_MAPPINGS: usize = 32_768;
 
 /// At most this much memory is populated before a fill becomes visible: the (aligned) window around
 /// the missed address. The rest of a larger page is faulted in by the accesses themselves, at most
@@ -99,8 +101,11 @@ pub enum DmaError {
         other_len: u64,
     },
     /// [`MAX_MAPPINGS`] reached.
-    #[error("the space already holds {MAX_MAPPINGS} DMA mappings; unmap some")]
-    TooMany,
+    #[error("the space already holds {limit} DMA mappings; unmap some")]
+    TooMany {
+        /// How many it may hold.
+        limit: usize,
+    },
     /// Neither read nor write.
     #[error("DMA mapping at {iova:#x} allows neither reads nor writes")]
     NoAccess {
@@ -176,7 +181,7 @@ impl DmaError {
             | Self::BeyondFile { .. }
             | Self::Cut { .. } => Errno::INVAL,
             Self::Overlap { .. } => Errno::EXIST,
-            Self::TooMany => Errno::NOSPC,
+            Self::TooMany { .. } => Errno::NOSPC,
             Self::NotMapped { .. } => Errno::NOENT,
             Self::Protection { .. } | Self::BusMasterOff => Errno::ACCESS,
             Self::System { errno, .. } => *errno,

@@ -20,6 +20,7 @@ pub struct Space {
     /// Lock order: `table` before a cache's own lock; `caches` is never held while anything else is.
     table: RwLock<Table>,
     caches: Mutex<Vec<Weak<dyn TargetCache>>>,
+    limit: usize,
     counters: Counters,
 }
 
@@ -75,7 +76,12 @@ impl Space {
     /// Nothing mapped.
     #[must_use]
     pub fn new() -> Arc<Self> {
+        Self::with_limit(MAX_MAPPINGS)
+    }
+
+    pub(super) fn with_limit(limit: usize) -> Arc<Self> {
         Arc::new(Self {
+            limit,
             table: RwLock::new(Table {
                 maps: BTreeMap::new(),
                 bus_master: true,
@@ -131,8 +137,8 @@ impl Space {
                 other_len: map.len(),
             });
         }
-        if table.maps.len() >= MAX_MAPPINGS {
-            return Err(DmaError::TooMany);
+        if table.maps.len() >= self.limit {
+            return Err(DmaError::TooMany { limit: self.limit });
         }
         table.maps.insert(iova, mapping);
         self.counters.maps.fetch_add(1, Ordering::Relaxed);
@@ -339,6 +345,12 @@ impl Resolved<'_> {
     #[must_use]
     pub fn len(&self) -> usize {
         self.window.len()
+    }
+
+    /// Rights of the mapping that it is in.
+    #[must_use]
+    pub fn prot(&self) -> Prot {
+        self.table.maps[&self.start].prot()
     }
 
     /// Whether the range is empty.

@@ -8,7 +8,7 @@ use std::ffi::c_void;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
@@ -112,7 +112,11 @@ impl BarMemory {
     /// Zeros a range by giving its pages back; every mapping of the file sees it.
     pub(super) fn clear(&self, offset: u64, len: u64) -> io::Result<()> {
         let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        Ok(rustix::fs::fallocate(&self.fd, how, offset, len)?)
+        let result = rustix::fs::fallocate(&self.fd, how, offset, len);
+        // The compiler does not know that the call changes the mapping: without the fence it may hand out bytes
+        // that it saw stored before.
+        fence(Ordering::SeqCst);
+        Ok(result?)
     }
 }
 

@@ -1,6 +1,5 @@
 //! The listening socket and its file, and the stop signal.
 
-use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -9,7 +8,6 @@ use std::sync::Arc;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{FileType, Mode, fchmod, lstat, unlink};
 use rustix::io::Errno;
-use rustix::net::sockopt::socket_peercred;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
@@ -81,29 +79,6 @@ pub enum BindError {
         /// Why.
         source: io::Error,
     },
-}
-
-/// The client's process, for messages.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Peer(Option<(i32, u32)>);
-
-impl Peer {
-    pub(super) fn of(socket: &OwnedFd) -> Self {
-        Self(
-            socket_peercred(socket)
-                .ok()
-                .map(|peer| (peer.pid.as_raw_nonzero().get(), peer.uid.as_raw())),
-        )
-    }
-}
-
-impl fmt::Display for Peer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            Some((pid, uid)) => write!(f, "pid {pid} (uid {uid})"),
-            None => f.write_str("a process that has gone"),
-        }
-    }
 }
 
 /// A bound, listening socket. Dropping it removes the file, if it is still this socket's.

@@ -16,6 +16,7 @@ mod dispatch;
 mod frame;
 mod irqs;
 mod listener;
+mod peer;
 
 pub use listener::{BindError, StopFd};
 
@@ -34,7 +35,8 @@ use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
 
 use crate::pci::Function;
 use connection::Connection;
-use listener::{Listener, Peer};
+use listener::Listener;
+use peer::Peer;
 
 /// Limits of a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -422,6 +422,10 @@ fn command(
     if answer.status() == HandleStatus::IDLE {
         return Ok(());
     }
+    if core.ask_gone() {
+        // A reset has taken the context away: that is why the order was not legal.
+        return Err(GruError::DeviceGone);
+    }
     Err(GruError::Refused {
         chiplet,
         context,
@@ -622,6 +626,9 @@ impl Inner {
 
     fn stop(&self) -> Result<(), GruError> {
         let (core, grant) = (&*self.core, &self.grant);
+        if core.is_gone() {
+            return Err(GruError::DeviceGone);
+        }
         let (control, started) = {
             let mut loaded = lock(&self.slot().loaded);
             let Some(loaded) = loaded.as_mut() else {

@@ -32,7 +32,7 @@ pub(crate) struct Core {
     pub(crate) kick: OwnedFd,
     pub(crate) stop: AtomicBool,
     dead: AtomicBool,
-    resets_at_open: Option<u32>,
+    resets_at_open: u32,
 }
 
 /// Misses that wait for an invalidation to end, one bit for each CBR of a chiplet.
@@ -93,8 +93,12 @@ impl Core {
             what: "eventfd",
             source,
         })?;
+        let resets_at_open = window.ask_resets().map_err(|source| GruError::Io {
+            what: "reading the status page",
+            source,
+        })?;
         Ok(Self {
-            resets_at_open: window.resets(),
+            resets_at_open,
             chiplets: std::array::from_fn(|_| Chiplet::new(&options)),
             window,
             options,
@@ -116,7 +120,7 @@ impl Core {
         if self.dead.load(Ordering::Acquire) {
             return true;
         }
-        let reset = self.window.resets() != self.resets_at_open;
+        let reset = self.window.resets().is_some_and(|r| r != self.resets_at_open);
         let backing = self.window.backing();
         let ended = || match backing.pidfd() {
             Some(pidfd) => {
@@ -137,6 +141,15 @@ impl Core {
             return true;
         }
         false
+    }
+
+    /// [`Core::is_gone`], also asking a device whose status page is not mapped. Sleeps.
+    pub(crate) fn ask_gone(&self) -> bool {
+        let reset = || self.window.ask_resets().is_ok_and(|r| r != self.resets_at_open);
+        if !self.is_gone() && reset() {
+            self.set_gone();
+        }
+        self.is_gone()
     }
 
     pub(crate) fn set_gone(&self) {

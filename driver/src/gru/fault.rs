@@ -275,9 +275,14 @@ impl Miss<'_> {
                 return Ok(());
             }
             self.fill(va, found, tfh::Opc::WRITE_ONLY)?;
-            self.core
+            let answer = self
+                .core
                 .wait(HandleKind::Tfh, self.chiplet, self.cbr)
                 .map_err(io::Error::other)?;
+            if tfh::Control::from_bits(answer).status() == HandleStatus::EXCEPTION {
+                // Killed by a flush, or not enterable: what is behind it would be of no use either.
+                return Ok(());
+            }
             self.core.window.counters.preloads.one();
             va -= SMALL_PAGE;
         }

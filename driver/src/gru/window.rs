@@ -184,6 +184,17 @@ impl Window {
     pub(crate) fn resets(&self) -> Option<u32> {
         self.status.as_ref().map(|s| s.load32(pci::STATUS_RESETS))
     }
+
+    /// The same, by a message where the page is not mapped.
+    pub(crate) fn ask_resets(&self) -> io::Result<u32> {
+        if let Some(resets) = self.resets() {
+            return Ok(resets);
+        }
+        let mut word = [0; 4];
+        let at = pci::STATUS_OFFSET + pci::STATUS_RESETS;
+        self.backing.read(pci::BAR_DOORBELL, at, &mut word)?;
+        Ok(u32::from_le_bytes(word))
+    }
 }
 
 /// Adds one to an eventfd. Cannot block: the counter would have to reach 2^64 - 2.

@@ -14,6 +14,10 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 /// TMPFS_MAGIC, include/uapi/linux/magic.h: memfds and /dev/shm.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
+/// Shared anonymous mappings up to this size have their pages allocated at once in missing mode; programs map
+/// larger ones to use little of them.
+const ALLOCATE_MAX: u64 = 64 << 20;
+
 /// Whether mappings of `fd` are device-visible. A tmpfs file or memfd that has not been seen yet (or that has
 /// grown) is announced to the daemon first. Files opened without write access are not: the safety net cannot
 /// watch their mappings, and the daemon cannot map them for a device.
@@ -50,6 +54,17 @@ pub(crate) fn back_anonymous(state: &State, len: u64) -> Option<OwnedFd> {
     }
     let len = len.checked_next_multiple_of(PAGE)?;
     let fd = sealed_memfd(c"tlbridge-shared", len).ok()?;
+    if state.register_mode() == sys::RegisterMode::Missing && len <= ALLOCATE_MAX {
+        // A page that is not allocated when it is touched would be a fault for the daemon. If this fails, the
+        // daemon serves those.
+        // SAFETY: no memory is passed.
+        let _ = unsafe {
+            syscall(
+                libc::SYS_fallocate,
+                [fd.as_raw_fd() as usize, 0, 0, len as usize, 0, 0],
+            )
+        };
+    }
     let stat = fstat(fd.as_raw_fd())?;
     add(state, fd.as_raw_fd(), stat.st_dev, stat.st_ino, len)
         .is_ok()

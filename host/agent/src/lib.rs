@@ -123,6 +123,11 @@ impl Memory {
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
+    /// The memfd. Mappings of it stay device-visible.
+    #[must_use]
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
     /// What the daemon calls it.
     #[must_use]
     pub fn id(&self) -> MemoryId {
@@ -284,11 +289,27 @@ impl Agent {
         }
     }
     /// New device-visible memory of `len` bytes (rounded up to pages): a memfd, sealed against resizing and
-    /// known to the daemon.
+    /// known to the daemon. Its pages are allocated at once when the daemon uses userfaultfd's missing mode,
+    /// because there a page that is not allocated when it is touched is a fault for the daemon.
     ///
     /// # Errors
     /// See [`AgentError`].
     pub fn memory(&self, len: u64, name: &str) -> Result<Memory> {
+        let memory = self.memory_sparse(len, name)?;
+        if attached()?.register_mode() == sys::RegisterMode::Missing {
+            let mode = rustix::fs::FallocateFlags::empty();
+            rustix::fs::fallocate(&memory.fd, mode, 0, memory.len).map_err(|e| AgentError::System {
+                what: "allocating the pages of a memfd",
+                source: e.into(),
+            })?;
+        }
+        Ok(memory)
+    }
+    /// As [`Agent::memory`], without allocating pages.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub fn memory_sparse(&self, len: u64, name: &str) -> Result<Memory> {
         attached()?;
         let invalid = |what, why| AgentError::Invalid { what, why };
         let name = CString::new(name).map_err(|_| invalid("memory name", "contains a zero byte"))?;

@@ -5,7 +5,8 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// Result of a system call by number.
+/// Result of a system call by number. Arguments are passed as whole words: an int that travels on the stack of
+/// a variadic call leaves the upper half of its word undefined.
 fn check(ret: libc::c_long) -> io::Result<usize> {
     if ret == -1 {
         Err(io::Error::last_os_error())
@@ -31,7 +32,15 @@ pub unsafe fn mmap(
 ) -> io::Result<usize> {
     let fd = fd.map_or(-1, |f| f.as_raw_fd());
     // SAFETY: the caller's promise.
-    check(unsafe { libc::syscall(libc::SYS_mmap, addr, len, prot, flags, fd, offset) })
+    check(unsafe { libc::syscall(
+            libc::SYS_mmap,
+            addr,
+            len,
+            prot as usize,
+            flags as usize,
+            fd as isize,
+            offset,
+        ) })
 }
 
 /// munmap.
@@ -61,7 +70,7 @@ pub unsafe fn mremap(
     new_addr: usize,
 ) -> io::Result<usize> {
     // SAFETY: the caller's promise.
-    check(unsafe { libc::syscall(libc::SYS_mremap, old, old_len, new_len, flags, new_addr) })
+    check(unsafe { libc::syscall(libc::SYS_mremap, old, old_len, new_len, flags as usize, new_addr) })
 }
 
 /// madvise.
@@ -73,7 +82,7 @@ pub unsafe fn mremap(
 /// Those of the system call.
 pub unsafe fn madvise(addr: usize, len: usize, advice: i32) -> io::Result<()> {
     // SAFETY: the caller's promise.
-    check(unsafe { libc::syscall(libc::SYS_madvise, addr, len, advice) }).map(drop)
+    check(unsafe { libc::syscall(libc::SYS_madvise, addr, len, advice as usize) }).map(drop)
 }
 
 /// mprotect.
@@ -85,5 +94,5 @@ pub unsafe fn madvise(addr: usize, len: usize, advice: i32) -> io::Result<()> {
 /// Those of the system call.
 pub unsafe fn mprotect(addr: usize, len: usize, prot: i32) -> io::Result<()> {
     // SAFETY: the caller's promise.
-    check(unsafe { libc::syscall(libc::SYS_mprotect, addr, len, prot) }).map(drop)
+    check(unsafe { libc::syscall(libc::SYS_mprotect, addr, len, prot as usize) }).map(drop)
 }

@@ -106,7 +106,7 @@ pub fn announce_fill<G: Word, F: Fence>(
 
 /// Steps 1 to 4 of a covered call: whether it has to hop, and its generation. The agent runs its own code;
 /// this is the daemon's part when it changes a range itself, and the other half of the model.
-pub fn announce_call<W: Word, G: Word, F: Fence>(words: AgentWords<'_, W, G>) -> bool {
+pub fn announce_call<W: Word, G: Word, F: Fence>(words: &AgentWords<'_, W, G>) -> bool {
     words.in_progress.add(1);
     F::full();
     words.generation.add(1);

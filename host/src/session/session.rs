@@ -256,12 +256,14 @@ impl Session {
         let token = MaySleep::claim("Session::close");
         self.space.end(reason);
         self.take_back(&token);
-        self.notify(&Notice::Closing {
-            reason: reason.into(),
-        });
         for id in self.space.take_files() {
             memory.release(id);
         }
+        self.notify(&Notice::Closing {
+            reason: reason.into(),
+        });
+        // Whoever still holds this session for a moment must not hide its end from the application.
+        let _ = rustix::net::shutdown(&self.notices, rustix::net::Shutdown::Both);
         tracing::info!(session = self.id, pid = self.space.pid(), name = %self.name, reason, "session closed");
     }
 

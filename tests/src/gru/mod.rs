@@ -1,6 +1,7 @@
 //! Tests of the GRU driver on a GRU, over any backing: each body takes a [`rig::Rig`] and asserts.
 //!
-//! `tests/gru_in_process.rs` and `tests/gru_vfio_user.rs` choose the backing and the doorbell mode.
+//! `tests/gru_in_process.rs` and `tests/gru_vfio_user.rs` choose the backing and the doorbell mode, and get one
+//! test for each body by [`gru_bodies`](crate::gru_bodies).
 
 pub mod contexts;
 pub mod faults;
@@ -9,3 +10,177 @@ pub mod instructions;
 pub mod memory;
 pub mod page_table;
 pub mod rig;
+
+use driver::gru::GruOptions;
+
+/// The driver's defaults with BCOPY preload.
+#[must_use]
+pub fn preload(pages: u32) -> GruOptions {
+    GruOptions {
+        preload: pages,
+        ..GruOptions::default()
+    }
+}
+
+/// The driver's defaults with so few ASIDs that generations end quickly.
+#[must_use]
+pub fn short_asids() -> GruOptions {
+    GruOptions {
+        asid_first: contexts::SHORT_ASIDS.start,
+        asid_end: contexts::SHORT_ASIDS.end,
+        ..GruOptions::default()
+    }
+}
+
+/// One test for each body. `$with` is a function `(GruOptions, impl FnOnce(&Rig))` that opens a device and
+/// runs the body on it.
+#[macro_export]
+macro_rules! gru_bodies {
+    ($with:path) => {
+        use driver::gru::{FaultMode, GruOptions};
+        use $crate::gru::{contexts, faults, flushes, instructions, preload, short_asids};
+
+        #[test]
+        fn test_every_instruction_when_faults_are_interrupts_moves_the_right_bytes() {
+            $with(GruOptions::default(), |rig| {
+                instructions::every_instruction(rig, FaultMode::Interrupt);
+            });
+        }
+        #[test]
+        fn test_every_instruction_when_user_polls_moves_the_right_bytes() {
+            $with(GruOptions::default(), |rig| {
+                instructions::every_instruction(rig, FaultMode::UserPolling);
+            });
+        }
+        #[test]
+        fn test_instruction_when_address_is_bad_ends_with_exception_detail() {
+            $with(GruOptions::default(), |rig| {
+                faults::bad_address(rig, FaultMode::Interrupt);
+                faults::bad_address(rig, FaultMode::UserPolling);
+            });
+        }
+        #[test]
+        fn test_store_when_page_is_read_only_ends_with_exception() {
+            $with(GruOptions::default(), |rig| {
+                faults::read_only_page(rig, FaultMode::Interrupt);
+                faults::read_only_page(rig, FaultMode::UserPolling);
+            });
+        }
+        #[test]
+        fn test_s1_miss_when_invalidation_is_in_progress_waits_for_its_end() {
+            $with(GruOptions::default(), |rig| {
+                faults::s1_miss_in_progress_waits(rig, FaultMode::Interrupt);
+                faults::s1_miss_in_progress_waits(rig, FaultMode::UserPolling);
+            });
+        }
+        #[test]
+        fn test_close_when_a_miss_is_deferred_does_not_wait() {
+            $with(GruOptions::default(), |rig| {
+                faults::close_while_a_miss_is_deferred(rig);
+            });
+        }
+        #[test]
+        fn test_bcopy_when_preload_is_on_misses_less_often() {
+            $with(preload(8), |rig| {
+                faults::preload(rig);
+            });
+        }
+        #[test]
+        fn test_huge_page_when_a_part_is_flushed_is_gone() {
+            $with(GruOptions::default(), |rig| {
+                faults::huge_page(rig);
+            });
+        }
+        #[test]
+        fn test_misses_when_many_at_once_are_all_served() {
+            $with(GruOptions::default(), |rig| {
+                faults::many_misses_at_once(rig);
+            });
+        }
+        #[test]
+        fn test_s12_instruction_when_space_is_closed_ends_with_exception() {
+            $with(GruOptions::default(), |rig| {
+                faults::s12_closed_space(rig, FaultMode::Interrupt);
+                faults::s12_closed_space(rig, FaultMode::UserPolling);
+            });
+        }
+        #[test]
+        fn test_contexts_when_exhausted_fail_with_what_is_in_use() {
+            $with(GruOptions::default(), |rig| {
+                contexts::exhaustion(rig);
+            });
+        }
+        #[test]
+        fn test_context_when_new_shows_nothing_of_the_last_owner() {
+            $with(GruOptions::default(), |rig| {
+                contexts::new_context_is_clean(rig);
+            });
+        }
+        #[test]
+        fn test_spaces_when_addresses_are_equal_are_isolated() {
+            $with(GruOptions::default(), |rig| {
+                contexts::isolation(rig);
+            });
+        }
+        #[test]
+        fn test_asids_when_generations_pass_never_show_a_former_owner() {
+            $with(short_asids(), |rig| {
+                contexts::asid_wrap(rig);
+            });
+        }
+        #[test]
+        fn test_flush_when_no_context_is_loaded_drops_the_asid() {
+            $with(GruOptions::default(), |rig| {
+                contexts::flush_without_contexts(rig);
+            });
+        }
+        #[test]
+        fn test_close_when_instructions_run_returns_and_hurts_nobody() {
+            $with(GruOptions::default(), |rig| {
+                contexts::close_under_load(rig);
+            });
+        }
+        #[test]
+        fn test_renew_asids_when_instructions_run_loses_nothing() {
+            $with(GruOptions::default(), |rig| {
+                contexts::renew_asids(rig);
+            });
+        }
+        #[test]
+        fn test_s2_flush_when_bcopy_storms_leaves_no_stale_access() {
+            $with(GruOptions::default(), |rig| {
+                flushes::s2_bcopy_storm(rig, 1000);
+            });
+        }
+        #[test]
+        fn test_s2_flush_when_bcopy_preloads_leaves_no_stale_access() {
+            $with(preload(16), |rig| {
+                flushes::s2_bcopy_storm(rig, 1000);
+            });
+        }
+        #[test]
+        fn test_s2_instruction_when_issued_after_a_flush_uses_no_older_entry() {
+            $with(GruOptions::default(), |rig| {
+                flushes::s2_generation(rig);
+            });
+        }
+        #[test]
+        fn test_flush_when_called_by_many_threads_serves_all() {
+            $with(GruOptions::default(), |rig| {
+                flushes::many_flushers(rig);
+            });
+        }
+        #[test]
+        fn test_flush_when_range_is_any_length_covers_it() {
+            $with(GruOptions::default(), |rig| {
+                flushes::range_lengths(rig);
+            });
+        }
+        #[test]
+        fn test_driver_when_device_is_reset_behind_it_ends_every_call() {
+            $with(GruOptions::default(), |rig| {
+                contexts::reset_behind_the_driver(rig);
+            });
+        }
+    };
+}

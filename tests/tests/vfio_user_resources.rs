@@ -1,0 +1,203 @@
+//! What the server uses up: nothing for a message, nothing for a client that has gone.
+#![allow(unsafe_code)] // A counting global allocator.
+
+mod vfio_user_scratch;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::convert::Infallible;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use device::model::{AccessError, BarSpec, Identity, Model};
+use device::pci::Function;
+use device::server::{Server, ServerOptions, StopFd};
+use driver::backing::{Backing, DmaProt};
+use driver::vfio_user::VfioUserClient;
+use protos::vfio_user::Command;
+use vfio_user_scratch::*;
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+thread_local! {
+    static COUNTED: Cell<bool> = const { Cell::new(false) };
+}
+
+struct Counting;
+
+fn count() {
+    // No thread-local any more at a thread's end: nothing to count either.
+    if COUNTED.try_with(Cell::get).unwrap_or(false) {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+// SAFETY: everything is passed on to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count();
+        // SAFETY: as the caller promises.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// The tests of this file look at the whole process: one at a time.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// Marks the thread that serves it as counted.
+#[derive(Debug)]
+struct Marking;
+
+impl Model for Marking {
+    fn identity(&self) -> Identity {
+        Identity {
+            vendor: 1,
+            device: 1,
+            subsystem_vendor: 0,
+            subsystem: 0,
+            class: 0,
+            revision: 0,
+        }
+    }
+    fn bars(&self) -> Vec<BarSpec> {
+        vec![BarSpec {
+            index: 0,
+            size: 0x2000,
+            is_64bit: true,
+            prefetchable: false,
+            mmap: None,
+        }]
+    }
+    fn msix(&self) -> Option<device::model::MsixSpec> {
+        None
+    }
+    fn bar_read(&self, _: usize, _: u64, data: &mut [u8]) -> Result<(), AccessError> {
+        COUNTED.set(true);
+        data.fill(1);
+        Ok(())
+    }
+    fn bar_write(&self, _: usize, _: u64, _: &[u8]) -> Result<(), AccessError> {
+        Ok(())
+    }
+    fn reset(&self) {
+        COUNTED.set(false);
+    }
+}
+
+#[test]
+fn test_region_access_when_in_steady_state_allocates_nothing_on_either_side() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let function = Function::new(|_| Ok::<_, Infallible>(Arc::new(Marking) as Arc<dyn Model>)).unwrap();
+    let server = Server::bind(&path, function, ServerOptions::default()).unwrap();
+    let stop = StopFd::new().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| server.run(&stop).unwrap());
+        let client = VfioUserClient::connect(&path).unwrap();
+        enable(&client);
+        let mut large = [0; 4096];
+        let mut run = |rounds| {
+            for _ in 0..rounds {
+                let mut small = [0; 4];
+                client.read(0, 0, &mut small).unwrap();
+                client.read(0, 8, &mut large).unwrap();
+                client.write(0, 0, &small).unwrap();
+                client.write(0, 0, &large).unwrap();
+                client.write_posted(0, 0, &small).unwrap();
+                client.config_read(0, &mut small).unwrap();
+                assert_eq!(
+                    client.read(0, 0x3000, &mut small).unwrap_err().raw_os_error(),
+                    Some(22)
+                );
+            }
+        };
+        // The buffers grow to the largest message, and the refusals' first lines are logged.
+        run(20);
+        COUNTED.set(true);
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        run(1000);
+        let after = ALLOCATIONS.load(Ordering::Relaxed);
+        COUNTED.set(false);
+        drop(client);
+        stop.stop();
+        assert_eq!(after - before, 0, "allocations in 7000 messages");
+        // The counter counts.
+        COUNTED.set(true);
+        drop(std::hint::black_box(Box::new(1)));
+        COUNTED.set(false);
+        assert_eq!(ALLOCATIONS.load(Ordering::Relaxed), after + 1);
+    });
+}
+
+fn open_fds() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+#[test]
+fn test_clients_when_they_come_and_go_in_every_way_leave_no_file_descriptor() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let outside = open_fds();
+    {
+        let rig = Rig::start();
+        let connected = |rig: &Rig| {
+            let client = rig.client();
+            enable(&client);
+            open_fds()
+        };
+        let at_first = connected(&rig);
+        for _ in 0..50 {
+            // In good order.
+            let client = rig.client();
+            enable(&client);
+            let memory = memfd(0x4000);
+            for page in 0..4 {
+                client
+                    .dma_map(
+                        page << 12,
+                        0x1000,
+                        memory.as_fd(),
+                        page << 12,
+                        DmaProt::READ_WRITE,
+                    )
+                    .unwrap();
+                client
+                    .set_msix(
+                        page as u32,
+                        client.io_eventfd(0, BELL).unwrap().as_ref().map(AsFd::as_fd),
+                    )
+                    .unwrap();
+            }
+            assert!(VfioUserClient::connect(&rig.path).is_err());
+            drop(client);
+            // In the middle of a message, with file descriptors that nobody asked for.
+            let mut raw = Raw::negotiated(&rig.path);
+            raw.send_with_fds(1, Command::REGION_READ, &[], &[memory.as_fd(); 20]);
+            raw.send_with_fds(2, Command::DMA_MAP, &[0; 32], &[memory.as_fd(); 5]);
+            raw.expect_error(1, 22);
+            raw.expect_error(2, 22);
+            let frame = Raw::frame(3, Command::DMA_MAP, &[0; 32]);
+            std::io::Write::write_all(&mut raw.stream, &frame[..30]).unwrap();
+        }
+        // The last one may still be being cleaned up: the next is accepted after that.
+        drop(rig.client());
+        drop(Raw::negotiated(&rig.path));
+        assert_eq!(connected(&rig), at_first);
+    }
+    assert_eq!(open_fds(), outside);
+}

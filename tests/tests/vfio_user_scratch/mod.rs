@@ -1,0 +1,422 @@
+//! A trivial device model, a server around it, and a client that can send anything.
+#![allow(dead_code)] // Each test file uses its part.
+
+use std::convert::Infallible;
+use std::io::{IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Barrier, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use device::model::{AccessError, BarMmap, BarSpec, Identity, IoEventFd, Model, ModelContext, MsixSpec};
+use device::pci::Function;
+use device::server::{Server, ServerOptions, StopFd};
+use protos::vfio_user::{Command, Header, MessageFlags};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use zerocopy::{FromBytes, IntoBytes};
+
+pub const REGISTERS: u64 = 16;
+/// Any write is remembered in order.
+pub const LOG: u64 = 0x100;
+/// Raises the vector written.
+pub const RAISE: u64 = 0x108;
+/// Copies 8 bytes from the IOVA written to register 0; all ones when that fails.
+pub const FETCH: u64 = 0x110;
+/// Stores register 1 at the IOVA written; register 2 is 1 when that worked, else 0.
+pub const STORE: u64 = 0x118;
+/// Reading waits at the barrier, twice.
+pub const WAIT: u64 = 0x120;
+/// Stands for an eventfd.
+pub const BELL: u64 = 0x200;
+pub const PAGE: u64 = 0x1000;
+pub const BAR0_SIZE: u64 = 0x10000;
+pub const BAR2_SIZE: u64 = 0x10_0000;
+pub const VECTORS: u16 = 40;
+pub const MSIX: MsixSpec = MsixSpec {
+    vectors: VECTORS,
+    bar: 0,
+    table_offset: 0x8000,
+    pba_offset: 0x9000,
+};
+
+/// A few registers, a mappable page in BAR0, a wholly mappable BAR2.
+#[derive(Debug)]
+pub struct Scratch {
+    context: ModelContext,
+    page: OwnedFd,
+    memory: OwnedFd,
+    pub bell: OwnedFd,
+    pub barrier: Arc<Barrier>,
+    state: Mutex<State>,
+    with_msix: bool,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    registers: [u64; REGISTERS as usize],
+    log: Vec<u64>,
+    resets: u64,
+}
+
+pub fn memfd(size: u64) -> OwnedFd {
+    let fd = memfd_create("scratch", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&fd, size).unwrap();
+    fd
+}
+
+impl Scratch {
+    pub fn new(context: ModelContext) -> Arc<Self> {
+        Self::build(context, true)
+    }
+
+    pub fn build(context: ModelContext, with_msix: bool) -> Arc<Self> {
+        Arc::new(Self {
+            context,
+            page: memfd(BAR0_SIZE),
+            memory: memfd(BAR2_SIZE),
+            bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap(),
+            barrier: Arc::new(Barrier::new(2)),
+            state: Mutex::default(),
+            with_msix,
+        })
+    }
+
+    pub fn log(&self) -> Vec<u64> {
+        self.state.lock().unwrap().log.clone()
+    }
+
+    pub fn resets(&self) -> u64 {
+        self.state.lock().unwrap().resets
+    }
+}
+
+fn number(data: &[u8]) -> u64 {
+    let mut bytes = [0; 8];
+    let len = data.len().min(8);
+    bytes[..len].copy_from_slice(&data[..len]);
+    u64::from_le_bytes(bytes)
+}
+
+impl Model for Scratch {
+    fn identity(&self) -> Identity {
+        Identity {
+            vendor: 0x1234,
+            device: 0x5678,
+            subsystem_vendor: 1,
+            subsystem: 2,
+            class: 0xff_00_00,
+            revision: 1,
+        }
+    }
+
+    fn bars(&self) -> Vec<BarSpec> {
+        let page = BarMmap {
+            fd: self.page.try_clone().unwrap(),
+            areas: vec![(PAGE, 0x1000)],
+        };
+        let memory = BarMmap {
+            fd: self.memory.try_clone().unwrap(),
+            areas: vec![(0, BAR2_SIZE)],
+        };
+        vec![
+            BarSpec {
+                index: 0,
+                size: BAR0_SIZE,
+                is_64bit: true,
+                prefetchable: false,
+                mmap: Some(page),
+            },
+            BarSpec {
+                index: 2,
+                size: BAR2_SIZE,
+                is_64bit: false,
+                prefetchable: true,
+                mmap: Some(memory),
+            },
+        ]
+    }
+
+    fn msix(&self) -> Option<MsixSpec> {
+        self.with_msix.then_some(MSIX)
+    }
+
+    fn bar_read(&self, bar: usize, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
+        if bar == 2 || (PAGE..PAGE + 0x1000).contains(&offset) {
+            let file = if bar == 2 { &self.memory } else { &self.page };
+            assert_eq!(rustix::io::pread(file, &mut *data, offset).unwrap(), data.len());
+            return Ok(());
+        }
+        if offset == WAIT {
+            self.barrier.wait();
+            self.barrier.wait();
+            data.fill(0);
+            return Ok(());
+        }
+        let state = self.state.lock().unwrap();
+        let register = state
+            .registers
+            .get((offset / 8) as usize)
+            .filter(|_| offset % 8 + data.len() as u64 <= 8);
+        let Some(register) = register else {
+            return Err(AccessError::Unassigned {
+                bar,
+                offset,
+                len: data.len(),
+            });
+        };
+        let at = (offset % 8) as usize;
+        data.copy_from_slice(&register.to_le_bytes()[at..at + data.len()]);
+        Ok(())
+    }
+
+    fn bar_write(&self, bar: usize, offset: u64, data: &[u8]) -> Result<(), AccessError> {
+        if bar == 2 || (PAGE..PAGE + 0x1000).contains(&offset) {
+            let file = if bar == 2 { &self.memory } else { &self.page };
+            assert_eq!(rustix::io::pwrite(file, data, offset).unwrap(), data.len());
+            return Ok(());
+        }
+        let value = number(data);
+        let mut state = self.state.lock().unwrap();
+        match offset {
+            LOG => state.log.push(value),
+            RAISE => {
+                self.context.interrupts.trigger(value as u32);
+            }
+            FETCH => {
+                let mut bytes = [0xff; 8];
+                if let Ok(memory) = self.context.dma.resolve(value, 8, false) {
+                    memory.read_into(&mut bytes);
+                }
+                state.registers[0] = u64::from_le_bytes(bytes);
+            }
+            STORE => {
+                let bytes = state.registers[1].to_le_bytes();
+                let memory = self.context.dma.resolve(value, 8, true);
+                state.registers[2] = u64::from(memory.is_ok());
+                if let Ok(memory) = memory {
+                    memory.write_from(&bytes);
+                }
+            }
+            _ if offset.is_multiple_of(8) && offset / 8 < REGISTERS => {
+                state.registers[(offset / 8) as usize] = value
+            }
+            _ => {
+                return Err(AccessError::Unassigned {
+                    bar,
+                    offset,
+                    len: data.len(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn io_eventfds(&self, bar: usize) -> Vec<IoEventFd> {
+        match bar {
+            0 => vec![IoEventFd {
+                offset: BELL,
+                size: 8,
+                fd: self.bell.try_clone().unwrap(),
+            }],
+            _ => Vec::new(),
+        }
+    }
+
+    fn reset(&self) {
+        let mut state = self.state.lock().unwrap();
+        state.registers = Default::default();
+        state.resets += 1;
+    }
+}
+
+/// A function around a new [`Scratch`].
+pub fn function() -> (Arc<Function>, Arc<Scratch>) {
+    let mut model = None;
+    let function = Function::new(|context| {
+        let scratch = Scratch::new(context);
+        model = Some(Arc::clone(&scratch));
+        Ok::<_, Infallible>(scratch as Arc<dyn Model>)
+    })
+    .unwrap();
+    (function, model.unwrap())
+}
+
+/// A server on a socket of its own, stopped and joined when dropped.
+pub struct Rig {
+    pub path: PathBuf,
+    pub function: Arc<Function>,
+    pub model: Arc<Scratch>,
+    pub stop: StopFd,
+    thread: Option<JoinHandle<std::io::Result<()>>>,
+    _directory: tempfile::TempDir,
+}
+
+impl Rig {
+    pub fn start() -> Self {
+        Self::with(ServerOptions {
+            client_timeout: Duration::from_secs(60),
+            ..ServerOptions::default()
+        })
+    }
+
+    pub fn with(options: ServerOptions) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("device.sock");
+        let (function, model) = function();
+        let server = Server::bind(&path, Arc::clone(&function), options).unwrap();
+        let stop = StopFd::new().unwrap();
+        let for_thread = stop.clone();
+        let thread = std::thread::spawn(move || server.run(&for_thread));
+        Self {
+            path,
+            function,
+            model,
+            stop,
+            thread: Some(thread),
+            _directory: directory,
+        }
+    }
+
+    /// Stop and wait until the server has ended (and the socket is gone).
+    pub fn finish(&mut self) {
+        self.stop.stop();
+        if let Some(thread) = self.thread.take() {
+            thread
+                .join()
+                .expect("the server panicked")
+                .expect("the server failed");
+        }
+    }
+
+    pub fn client(&self) -> driver::vfio_user::VfioUserClient {
+        driver::vfio_user::VfioUserClient::connect(&self.path).unwrap()
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.finish();
+            assert!(!self.path.exists(), "the socket stays behind");
+        }
+    }
+}
+
+/// A client that sends what it is told to.
+pub struct Raw {
+    pub stream: UnixStream,
+}
+
+impl Raw {
+    pub fn connect(path: &Path) -> Self {
+        let stream = UnixStream::connect(path).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        Self { stream }
+    }
+
+    /// Connected and past VERSION.
+    pub fn negotiated(path: &Path) -> Self {
+        let mut raw = Self::connect(path);
+        raw.send(
+            1000,
+            Command::VERSION,
+            b"\0\0\x01\0{\"capabilities\":{\"max_msg_fds\":16}}\0",
+        );
+        let (header, payload) = raw.reply();
+        assert_eq!((header.message_id, header.flags), (1000, MessageFlags::REPLY));
+        assert!(payload.starts_with(b"\0\0\x01\0{"));
+        raw
+    }
+
+    pub fn frame(id: u16, command: Command, body: &[u8]) -> Vec<u8> {
+        let mut frame = Header::command(id, command, body.len(), MessageFlags::COMMAND)
+            .as_bytes()
+            .to_vec();
+        frame.extend_from_slice(body);
+        frame
+    }
+
+    pub fn send(&mut self, id: u16, command: Command, body: &[u8]) {
+        self.stream.write_all(&Self::frame(id, command, body)).unwrap();
+    }
+
+    pub fn send_with_fds(&mut self, id: u16, command: Command, body: &[u8], fds: &[BorrowedFd<'_>]) {
+        let frame = Self::frame(id, command, body);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
+        let sent = sendmsg(
+            self.stream.as_fd(),
+            &[IoSlice::new(&frame)],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        );
+        assert_eq!(sent, Ok(frame.len()));
+    }
+
+    pub fn reply(&mut self) -> (Header, Vec<u8>) {
+        let mut head = [0; 16];
+        self.stream.read_exact(&mut head).unwrap();
+        let header = Header::read_from_bytes(&head).unwrap();
+        let mut payload = vec![0; header.message_size as usize - 16];
+        self.stream.read_exact(&mut payload).unwrap();
+        (header, payload)
+    }
+
+    /// The next reply is this error for that message.
+    #[track_caller]
+    pub fn expect_error(&mut self, id: u16, errno: i32) {
+        let (header, payload) = self.reply();
+        assert_eq!(header.message_id, id);
+        assert_eq!(header.flags, MessageFlags::REPLY | MessageFlags::ERROR);
+        assert_eq!(header.error, errno as u32);
+        assert!(payload.is_empty());
+    }
+
+    /// The next reply is good; its payload.
+    #[track_caller]
+    pub fn expect_ok(&mut self, id: u16) -> Vec<u8> {
+        let (header, payload) = self.reply();
+        assert_eq!(
+            (header.message_id, header.flags, header.error),
+            (id, MessageFlags::REPLY, 0)
+        );
+        payload
+    }
+
+    /// The server has hung up.
+    #[track_caller]
+    pub fn expect_closed(&mut self) {
+        let end = self.stream.read(&mut [0; 64]);
+        let reset = |error: &std::io::Error| error.kind() == std::io::ErrorKind::ConnectionReset;
+        assert!(matches!(&end, Ok(0)) || end.as_ref().is_err_and(reset), "{end:?}");
+    }
+
+    pub fn read_register(&mut self, id: u16, offset: u64) -> u64 {
+        self.send(id, Command::REGION_READ, &access(offset, 0, 8, &[]));
+        number(&self.expect_ok(id)[16..])
+    }
+}
+
+/// Body of REGION_READ and REGION_WRITE.
+pub fn access(offset: u64, region: u32, count: u32, data: &[u8]) -> Vec<u8> {
+    let mut body = protos::vfio_user::RegionAccess {
+        offset,
+        region,
+        count,
+    }
+    .as_bytes()
+    .to_vec();
+    body.extend_from_slice(data);
+    body
+}
+
+/// Turn memory decoding and bus mastering on.
+pub fn enable(client: &dyn driver::backing::Backing) {
+    client.config_write(4, &6u16.to_le_bytes()).unwrap();
+}
