@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use device::faults::{BreakPlan, FaultPlan};
 use device::gru::{Doorbell, Gru, GruConfig};
 use driver::gru::GruOptions;
 use tests::gru::rig::Rig;
@@ -14,6 +15,10 @@ fn with_device(doorbell: Doorbell, options: GruOptions, body: impl FnOnce(&Rig))
         doorbell,
         ..GruConfig::default()
     };
+    with_config(config, options, body);
+}
+
+fn with_config(config: GruConfig, options: GruOptions, body: impl FnOnce(&Rig)) {
     let (backing, _model) = InProcess::build(|context| Gru::new(context, config)).expect("a GRU");
     body(&Rig::new(Arc::new(backing), options, FRAMES));
 }
@@ -45,5 +50,66 @@ mod poll {
     #[test]
     fn test_flush_when_handles_are_mapped_says_that_it_does_not_sleep() {
         with(GruOptions::default(), |rig| flushes::nonsleeping(rig, true));
+    }
+}
+
+/// The oracles see what they are for: with a check of the device switched off, and its window held open, the same
+/// bodies fail; with the window held open and the check on, they do not.
+mod broken {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use driver::gru::FaultMode;
+    use tests::gru::flushes;
+
+    use super::*;
+
+    fn storm(broken: BreakPlan, windows: BreakPlan) -> std::thread::Result<()> {
+        let config = GruConfig {
+            doorbell: Doorbell::Poll,
+            broken,
+            faults: FaultPlan::default().with_windows_of(windows),
+            ..GruConfig::default()
+        };
+        catch_unwind(AssertUnwindSafe(|| {
+            with_config(config, GruOptions::default(), |rig| {
+                flushes::s2_bcopy_storm(rig, 300, 30)
+            });
+        }))
+    }
+
+    const KILL_BIT: BreakPlan = BreakPlan {
+        kill_bit: true,
+        drain: false,
+    };
+    const DRAIN: BreakPlan = BreakPlan {
+        kill_bit: false,
+        drain: true,
+    };
+
+    #[test]
+    fn test_storm_when_kill_bit_is_off_finds_stale_accesses() {
+        assert!(storm(KILL_BIT, KILL_BIT).is_err());
+        assert!(storm(BreakPlan::default(), KILL_BIT).is_ok(), "the delay alone");
+    }
+
+    #[test]
+    fn test_storm_when_drain_is_off_finds_stale_accesses() {
+        assert!(storm(DRAIN, DRAIN).is_err());
+        assert!(storm(BreakPlan::default(), DRAIN).is_ok(), "the delay alone");
+    }
+
+    #[test]
+    fn test_look_up_when_kill_bit_is_off_finds_stale_accesses() {
+        let config = GruConfig {
+            doorbell: Doorbell::Poll,
+            broken: KILL_BIT,
+            ..GruConfig::default()
+        };
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            with_config(config, GruOptions::default(), |rig| {
+                flushes::s1_invalidation_during_the_look_up(rig, FaultMode::Interrupt);
+            });
+        }));
+        assert!(result.is_err());
     }
 }

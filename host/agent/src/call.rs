@@ -96,7 +96,13 @@ impl Call {
         let _one_at_a_time = (hop == [true; 2]).then(|| self.state.two_slots.lock());
         for i in (0..2).filter(|&i| hop[i]) {
             bump(&self.state.counters.hops);
-            match mailbox::start(self.state, self.table, self.ranges[i], self.event, self.generation) {
+            match mailbox::start(
+                self.state,
+                self.table,
+                self.ranges[i],
+                self.event,
+                self.generation,
+            ) {
                 Ok(slot) => self.slots[i] = Some(slot),
                 // Daemon and device are gone: nobody is left to tell.
                 Err(mailbox::GoneBy) => break,
@@ -270,4 +276,3 @@ pub(crate) fn register(state: &State, range: Interval) -> Result<(), i32> {
 pub(crate) fn bump(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
-

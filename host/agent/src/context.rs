@@ -3,8 +3,8 @@
 use crate::state::{self, State, phase};
 use crate::sys;
 use crate::{
-    AgentError, Completion, ContextOptions, ExecuteError, FaultMode, GruException, Instruction, Result, control,
-    fence,
+    AgentError, Completion, ContextOptions, ExecuteError, FaultMode, GruException, Instruction, Result,
+    control, fence,
 };
 use driver::gru::user::{Gseg, GsegAccess, WaitError};
 use protos::bridge::control::{Reply, Request};
@@ -217,8 +217,14 @@ pub(crate) fn create(pid: Option<u32>, options: &ContextOptions) -> Result<GruCo
 
 fn destroy(attach_id: u64, number: u32) {
     // A daemon that is gone has no contexts; one that refuses has none of this number.
-    let _ = live(attach_id)
-        .and_then(|s| control::request(s, "destroying a GRU context", &Request::DestroyContext { context: number }, &[]));
+    let _ = live(attach_id).and_then(|s| {
+        control::request(
+            s,
+            "destroying a GRU context",
+            &Request::DestroyContext { context: number },
+            &[],
+        )
+    });
 }
 
 impl GruContext {
@@ -263,7 +269,11 @@ impl GruContext {
     ///
     /// # Errors
     /// The device's exception, or a peer that died.
-    pub fn execute(&self, cb: u32, instruction: &Instruction) -> std::result::Result<Completion, ExecuteError> {
+    pub fn execute(
+        &self,
+        cb: u32,
+        instruction: &Instruction,
+    ) -> std::result::Result<Completion, ExecuteError> {
         live(self.attach_id)?;
         self.check_cb(cb)?;
         self.gseg

@@ -51,14 +51,23 @@ impl Received {
 }
 
 /// Send one packet with descriptors. No malloc.
-pub(crate) fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> std::result::Result<(), Errno> {
+pub(crate) fn send(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    fds: &[BorrowedFd<'_>],
+) -> std::result::Result<(), Errno> {
     let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
         return Err(Errno::INVAL);
     }
     loop {
-        match rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL) {
+        match rustix::net::sendmsg(
+            socket,
+            &[IoSlice::new(bytes)],
+            &mut ancillary,
+            SendFlags::NOSIGNAL,
+        ) {
             Err(Errno::INTR) => {}
             Err(e) => return Err(e),
             Ok(_) => return Ok(()),
@@ -229,7 +238,10 @@ pub(crate) fn gone(state: &State) -> Gone {
         cause::SILENT => (daemon, "it did not answer within the fence timeout".to_owned()),
         cause::DETACHED => (daemon, "this process has detached".to_owned()),
         _ if state.device_lost.load(Ordering::Acquire) != 0 => (
-            format!("device process (pid {})", state.device_pid.load(Ordering::Relaxed)),
+            format!(
+                "device process (pid {})",
+                state.device_pid.load(Ordering::Relaxed)
+            ),
             "its process has ended".to_owned(),
         ),
         _ => (daemon, "the control socket is closed".to_owned()),

@@ -3,7 +3,10 @@
 //!
 //! Not covered: `process_madvise`, `remap_file_pages`, calls by other processes on shared files (harmless:
 //! memory is named by file and offset). The safety net sees the first two on registered memory.
-#![allow(unsafe_code, reason = "mapping calls by number; their effect on memory is the caller's promise")]
+#![allow(
+    unsafe_code,
+    reason = "mapping calls by number; their effect on memory is the caller's promise"
+)]
 
 use crate::Covered;
 use crate::call::{Call, NOTHING, Suspended, bump, pages};
@@ -69,7 +72,10 @@ pub unsafe fn mmap(addr: usize, len: usize, prot: i32, flags: i32, fd: RawFd, of
     let Some(state) = state::covering() else {
         return call_it(flags, fd, offset).map(plain);
     };
-    let shared = matches!(flags & libc::MAP_TYPE, libc::MAP_SHARED | libc::MAP_SHARED_VALIDATE);
+    let shared = matches!(
+        flags & libc::MAP_TYPE,
+        libc::MAP_SHARED | libc::MAP_SHARED_VALIDATE
+    );
     let mut visible = false;
     let mut backing = None;
     if shared && flags & libc::MAP_HUGETLB == 0 && len != 0 {
@@ -131,7 +137,10 @@ pub unsafe fn munmap(addr: usize, len: usize) -> Outcome<()> {
         Err(_) => call.resume(range, suspended),
     }
     let generation = call.end();
-    result.map(|_| Covered { value: (), generation })
+    result.map(|_| Covered {
+        value: (),
+        generation,
+    })
 }
 
 /// madvise.
@@ -156,7 +165,10 @@ pub unsafe fn madvise(addr: usize, len: usize, advice: i32) -> Outcome<()> {
     let result = call_it();
     call.resume(range, suspended);
     let generation = call.end();
-    result.map(|_| Covered { value: (), generation })
+    result.map(|_| Covered {
+        value: (),
+        generation,
+    })
 }
 
 /// mprotect. Raises no userfaultfd event, so nothing is unregistered.
@@ -176,7 +188,10 @@ pub unsafe fn mprotect(addr: usize, len: usize, prot: i32) -> Outcome<()> {
     };
     let result = call_it();
     let generation = call.end();
-    result.map(|_| Covered { value: (), generation })
+    result.map(|_| Covered {
+        value: (),
+        generation,
+    })
 }
 
 /// mremap. `new_addr` is used with `MREMAP_FIXED` only (and as a hint with `MREMAP_DONTUNMAP`).
@@ -249,7 +264,10 @@ pub unsafe fn mremap(
             call.register(target);
         }
         let generation = call.end();
-        return Ok(Covered { value: at, generation });
+        return Ok(Covered {
+            value: at,
+            generation,
+        });
     }
     let mut generation = call.end();
     // The result range is only known now. Its lock is taken after the first one was given back: two moves
@@ -262,7 +280,10 @@ pub unsafe fn mremap(
     if !shrunk && let Some(grown) = grown {
         generation = announce(Some(grown), visible).max(generation);
     }
-    Ok(Covered { value: at, generation })
+    Ok(Covered {
+        value: at,
+        generation,
+    })
 }
 
 /// shmat. System V segments have no file, so a device never sees them; but the address may have had another
@@ -341,7 +362,10 @@ pub unsafe fn shmdt(addr: usize) -> Outcome<()> {
         Err(_) => call.resume(range, suspended),
     }
     let generation = call.end();
-    result.map(|_| Covered { value: (), generation })
+    result.map(|_| Covered {
+        value: (),
+        generation,
+    })
 }
 
 fn with_segments(state: &state::State, f: impl FnOnce(&mut [(u64, u64)])) {
@@ -358,7 +382,14 @@ fn segment_len(id: i32) -> u64 {
     let r = unsafe {
         syscall(
             libc::SYS_shmctl,
-            [id as usize, libc::IPC_STAT as usize, (&raw mut info) as usize, 0, 0, 0],
+            [
+                id as usize,
+                libc::IPC_STAT as usize,
+                (&raw mut info) as usize,
+                0,
+                0,
+                0,
+            ],
         )
     };
     if r.is_ok() { info.shm_segsz as u64 } else { 0 }

@@ -139,7 +139,9 @@ fn kill(state: &State, who: &str, pid: u32, pidfd: RawFd) {
     }
     if sys::traced(pid) {
         if may_say {
-            sys::say(format_args!("{who} (pid {pid}) does not answer and has a debugger attached: waiting"));
+            sys::say(format_args!(
+                "{who} (pid {pid}) does not answer and has a debugger attached: waiting"
+            ));
         }
         return;
     }

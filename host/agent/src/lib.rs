@@ -211,10 +211,15 @@ fn os<T>(result: covered::Outcome<T>) -> io::Result<Covered<T>> {
 }
 
 fn attached() -> Result<&'static state::State> {
-    current().and_then(|_| state::state()).ok_or(AgentError::NotAttached)
+    current()
+        .and_then(|_| state::state())
+        .ok_or(AgentError::NotAttached)
 }
 
-#[allow(unsafe_code, reason = "mapping calls can pull memory away from under references")]
+#[allow(
+    unsafe_code,
+    reason = "mapping calls can pull memory away from under references"
+)]
 impl Agent {
     /// Attach this process to the daemon. Mappings that exist already are not registered with the safety
     /// net; the covered calls cover them all the same.
@@ -331,8 +336,7 @@ impl Agent {
     /// See [`AgentError`].
     pub fn add_memory(&self, fd: BorrowedFd<'_>, len: u64) -> Result<MemoryId> {
         let state = attached()?;
-        files::announce(state, fd.as_raw_fd(), len)
-            .map_err(|e| control::explain(state, "adding memory", e))
+        files::announce(state, fd.as_raw_fd(), len).map_err(|e| control::explain(state, "adding memory", e))
     }
     /// Register a range that raw calls mapped with the safety net (userfaultfd). The range's translations
     /// are purged.

@@ -227,10 +227,7 @@ impl Shared {
             if self.stopped.load(Ordering::Acquire) {
                 return None;
             }
-            pages = self
-                .zap_ended
-                .wait(pages)
-                .unwrap_or_else(PoisonError::into_inner);
+            pages = self.zap_ended.wait(pages).unwrap_or_else(PoisonError::into_inner);
         }
         (!self.stopped.load(Ordering::Acquire)).then_some(pages)
     }
@@ -311,7 +308,9 @@ fn serve(shared: &Shared) {
                     seq,
                     unmapped_bytes: shared.zap(seq, start, end),
                 };
-                let Ok(text) = serde_json::to_vec(&reply) else { break };
+                let Ok(text) = serde_json::to_vec(&reply) else {
+                    break;
+                };
                 if control::send(shared.notice.as_fd(), &text, &[]).is_err() {
                     break;
                 }

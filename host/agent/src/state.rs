@@ -1,5 +1,8 @@
 //! The agent's state: one mapping that is zero (detached) until attach, and zero again in a forked child.
-#![allow(unsafe_code, reason = "the state lives in a mapping of its own, which fork wipes")]
+#![allow(
+    unsafe_code,
+    reason = "the state lives in a mapping of its own, which fork wipes"
+)]
 
 use crate::intervals::{CAPACITY, Intervals};
 use crate::lock::Locked;
@@ -260,7 +263,12 @@ pub(crate) fn create() -> io::Result<&'static State> {
     let size = size_of::<State>().next_multiple_of(sys::PAGE as usize);
     let at = sys::map_wiped_on_fork(size)?;
     if STATE
-        .compare_exchange(std::ptr::null_mut(), at.cast(), Ordering::AcqRel, Ordering::Acquire)
+        .compare_exchange(
+            std::ptr::null_mut(),
+            at.cast(),
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        )
         .is_err()
     {
         // SAFETY: lost the race; nobody has seen this mapping.

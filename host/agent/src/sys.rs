@@ -101,14 +101,24 @@ pub(crate) fn futex_wake(word: &AtomicU32, count: i32) {
     let _ = unsafe {
         syscall(
             libc::SYS_futex,
-            [word.as_ptr() as usize, libc::FUTEX_WAKE as usize, count as usize, 0, 0, 0],
+            [
+                word.as_ptr() as usize,
+                libc::FUTEX_WAKE as usize,
+                count as usize,
+                0,
+                0,
+                0,
+            ],
         )
     };
 }
 
 /// Milliseconds of the monotonic clock (never 0).
 pub(crate) fn now_ms() -> u64 {
-    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut t = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: the structure lives on this stack. clock_gettime is async-signal-safe.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut t) };
     (t.tv_sec as u64 * 1000 + t.tv_nsec as u64 / 1_000_000).max(1)
@@ -150,7 +160,14 @@ pub(crate) fn poll<const N: usize>(fds: [RawFd; N], timeout_ms: u64) -> [Ready; 
     let r = unsafe {
         syscall(
             libc::SYS_ppoll,
-            [set.as_mut_ptr() as usize, N, (&raw const timeout) as usize, 0, 8, 0],
+            [
+                set.as_mut_ptr() as usize,
+                N,
+                (&raw const timeout) as usize,
+                0,
+                8,
+                0,
+            ],
         )
     };
     if r.is_err() {
@@ -274,7 +291,10 @@ pub(crate) fn replace_by_placeholder(fd: RawFd) {
                 0,
             ],
         ) {
-            let _ = syscall(libc::SYS_dup3, [null, fd as usize, libc::O_CLOEXEC as usize, 0, 0, 0]);
+            let _ = syscall(
+                libc::SYS_dup3,
+                [null, fd as usize, libc::O_CLOEXEC as usize, 0, 0, 0],
+            );
             let _ = syscall(libc::SYS_close, [null, 0, 0, 0, 0, 0]);
         } else {
             // No number left for a placeholder: giving the file up matters more (callers wait in the kernel).
@@ -309,8 +329,13 @@ pub(crate) fn map_wiped_on_fork(len: usize) -> io::Result<*mut u8> {
     }
     .map_err(io::Error::from_raw_os_error)?;
     // SAFETY: the mapping made above.
-    unsafe { syscall(libc::SYS_madvise, [at, len, libc::MADV_WIPEONFORK as usize, 0, 0, 0]) }
-        .map_err(io::Error::from_raw_os_error)?;
+    unsafe {
+        syscall(
+            libc::SYS_madvise,
+            [at, len, libc::MADV_WIPEONFORK as usize, 0, 0, 0],
+        )
+    }
+    .map_err(io::Error::from_raw_os_error)?;
     Ok(at as *mut u8)
 }
 
@@ -333,8 +358,13 @@ pub(crate) fn map_dontfork(fd: RawFd, offset: u64, len: usize, writable: bool) -
     }
     .map_err(io::Error::from_raw_os_error)?;
     // SAFETY: the mapping made above.
-    unsafe { syscall(libc::SYS_madvise, [at, len, libc::MADV_DONTFORK as usize, 0, 0, 0]) }
-        .map_err(io::Error::from_raw_os_error)?;
+    unsafe {
+        syscall(
+            libc::SYS_madvise,
+            [at, len, libc::MADV_DONTFORK as usize, 0, 0, 0],
+        )
+    }
+    .map_err(io::Error::from_raw_os_error)?;
     Ok(at as *mut u8)
 }
 

@@ -55,7 +55,11 @@ fn look(state: &State, packet: &mut [u8]) {
     };
     let resets = state.device_resets();
     let seen = sys::poll(
-        [notice, positive(state.daemon_pidfd.load(Ordering::Relaxed)), device],
+        [
+            notice,
+            positive(state.daemon_pidfd.load(Ordering::Relaxed)),
+            device,
+        ],
         TICK_MS,
     );
     if seen[2].readable {

@@ -98,9 +98,7 @@ fn test_c1_munmap_when_a_page_is_cached_waits_for_the_daemon_before_it_unmaps() 
     });
     assert!(!is_mapped(at));
     let range = (at as u64, (at + 4 * PAGE) as u64);
-    let seen = mock.wait_until("END", |seen| {
-        seen.contains(&Seen::End { range, generation })
-    });
+    let seen = mock.wait_until("END", |seen| seen.contains(&Seen::End { range, generation }));
     assert!(seen.contains(&Seen::Start {
         range,
         generation,
@@ -192,12 +190,7 @@ fn test_calls_when_ranges_overlap_are_serialised_and_others_are_not() {
     let seen = mock.wait_until("all ENDs", |seen| {
         seen.iter().filter(|s| matches!(s, Seen::End { .. })).count() == 3
     });
-    let range = |page: usize, pages: usize| {
-        (
-            (at + page * PAGE) as u64,
-            (at + (page + pages) * PAGE) as u64,
-        )
-    };
+    let range = |page: usize, pages: usize| ((at + page * PAGE) as u64, (at + (page + pages) * PAGE) as u64);
     let position = |wanted: (u64, u64), start: bool| {
         seen.iter()
             .position(|s| match s {
@@ -254,14 +247,7 @@ extern "C" fn on_alarm(_: libc::c_int) {
         // SAFETY: shared pages of the test; a covered call in a signal handler.
         unsafe {
             let _ = agent::covered::madvise(at, PAGE, libc::MADV_DONTNEED);
-            if let Ok(c) = agent::covered::mmap(
-                0,
-                PAGE,
-                RW,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            ) {
+            if let Ok(c) = agent::covered::mmap(0, PAGE, RW, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0) {
                 let _ = agent::covered::munmap(c.value, PAGE);
             }
         }
@@ -279,15 +265,24 @@ fn test_calls_when_signal_handlers_make_them_too_do_not_deadlock() {
     mock.count(at);
     HANDLER_PAGE.store(at, Ordering::SeqCst);
     let timer = |usec| libc::itimerval {
-        it_interval: libc::timeval { tv_sec: 0, tv_usec: usec },
-        it_value: libc::timeval { tv_sec: 0, tv_usec: usec },
+        it_interval: libc::timeval {
+            tv_sec: 0,
+            tv_usec: usec,
+        },
+        it_value: libc::timeval {
+            tv_sec: 0,
+            tv_usec: usec,
+        },
     };
     // SAFETY: a handler that only makes async-signal-safe calls.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = on_alarm as extern "C" fn(libc::c_int) as usize;
         action.sa_flags = libc::SA_RESTART;
-        assert_eq!(libc::sigaction(libc::SIGALRM, &raw const action, std::ptr::null_mut()), 0);
+        assert_eq!(
+            libc::sigaction(libc::SIGALRM, &raw const action, std::ptr::null_mut()),
+            0
+        );
         libc::setitimer(libc::ITIMER_REAL, &timer(500), std::ptr::null_mut());
     }
     // The same pages as the handler's.
@@ -459,7 +454,10 @@ fn test_mmap_when_the_daemon_refuses_the_file_still_maps() {
     let agent = mock.attach();
     assert!(matches!(
         agent.memory(PAGE as u64, "refused"),
-        Err(agent::AgentError::Refused { errno: libc::ENOSPC, .. })
+        Err(agent::AgentError::Refused {
+            errno: libc::ENOSPC,
+            ..
+        })
     ));
     // SAFETY: a new mapping.
     let at = unsafe { agent.mmap(0, PAGE, RW, libc::MAP_SHARED | libc::MAP_ANONYMOUS, None, 0) }
@@ -487,7 +485,8 @@ fn test_segments_when_attached_and_detached_are_covered() {
         assert!(!is_mapped(at.value));
         let range = (at.value as u64, (at.value + 3 * PAGE) as u64);
         mock.wait_until("END", |seen| {
-            seen.iter().any(|s| matches!(s, Seen::End { range: r, .. } if *r == range))
+            seen.iter()
+                .any(|s| matches!(s, Seen::End { range: r, .. } if *r == range))
         });
     }
     mock.assert_idle();

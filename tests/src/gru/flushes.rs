@@ -10,7 +10,7 @@ use driver::gru::{FaultMode, Mm};
 use protos::gru::cb::{Instruction, Status, XType};
 
 use super::memory::{FRAME, Frame};
-use super::page_table::PageTable;
+use super::page_table::{PageTable, Pte};
 use super::rig::{POISON, Rig, User, pattern, patterned, wants};
 
 const SRC: u64 = 0x7f70_0000_0000;
@@ -56,12 +56,10 @@ fn storm(user: &User, table: &PageTable, part: u64, stop: &AtomicBool, copies: &
     let mut round = 0u64;
     while !stop.load(Ordering::Relaxed) {
         round += 1;
-        let generation = table.generation();
         // Off by some bytes, so that chunks and pages do not line up.
         let skip = (round % 5) * 8;
         let n = (len - skip) / 8;
         user.ok(0, &Instruction::bcopy(src, dst + skip, 0, 4, XType::DWORD, n));
-        let _ = generation;
         // The processor's view; a page that moves meanwhile takes its data along.
         let copied = table.read(dst + skip, (n * 8) as usize);
         let expected = patterned(part, src, (n * 8) as usize);
@@ -87,7 +85,7 @@ fn storm(user: &User, table: &PageTable, part: u64, stop: &AtomicBool, copies: &
 ///
 /// # Panics
 /// When it does.
-pub fn s2_bcopy_storm(rig: &Rig, moves: u64) {
+pub fn s2_bcopy_storm(rig: &Rig, moves: u64, least_copies: u64) {
     let (mm, table) = rig.space();
     let modes = [FaultMode::Interrupt, FaultMode::Interrupt, FaultMode::UserPolling];
     let users: Vec<User> = modes
@@ -101,6 +99,10 @@ pub fn s2_bcopy_storm(rig: &Rig, moves: u64) {
     }
     let stop = AtomicBool::new(false);
     let copies = AtomicU64::new(0);
+    let mut graveyard = Graveyard {
+        rig,
+        frames: Vec::new(),
+    };
     std::thread::scope(|scope| {
         let _stop = StopOnDrop(&stop);
         for (part, user) in users.iter().enumerate() {
@@ -110,24 +112,21 @@ pub fn s2_bcopy_storm(rig: &Rig, moves: u64) {
                 storm(user, table, part as u64, stop, copies);
             });
         }
-        let mut graveyard = Graveyard {
-            rig,
-            frames: Vec::new(),
-        };
         let total = PAGES * users.len() as u64;
-        for step in 0..moves {
-            if stop.load(Ordering::Relaxed) {
-                break;
-            }
+        let mut step = 0;
+        // Pages move faster than contexts copy: go on until both have done enough.
+        while !stop.load(Ordering::Relaxed) && (step < moves || copies.load(Ordering::Relaxed) < least_copies)
+        {
+            step += 1;
             let page = (step * 31) % total;
             let base = if step % 2 == 0 { SRC } else { DST };
             let va = base + page * FRAME;
             let old = table.migrate(&mm, va);
             graveyard.bury(old, va);
         }
-        graveyard.check();
     });
-    assert!(copies.load(Ordering::Relaxed) > 0, "nothing was copied");
+    // Every instruction has ended.
+    graveyard.check();
     let stats = rig.gru.stats();
     assert!(stats.flushes >= moves, "{stats:?}");
 }
@@ -161,6 +160,97 @@ pub fn s2_generation(rig: &Rig) {
         assert_eq!(user.run(0, &load), Status::EXCEPTION, "round {round}");
         table.edit(|e| e.map(SRC, pte.unwrap()));
     }
+}
+
+/// An invalidation that begins and ends while a miss is being looked up: the answer that was found before it is
+/// dropped (the kill bit), the instruction misses again and gets the new page. With 4 KiB pages, with a 2 MiB
+/// page of which another part is invalidated, and with pages that are prepared ahead.
+///
+/// # Panics
+/// When the old page is used.
+pub fn s1_invalidation_during_the_look_up(rig: &Rig, fault_mode: FaultMode) {
+    let (mm, table) = rig.space();
+    let user = User::new(&mm, wants(2, 4096, fault_mode));
+    table.populate(SRC, FRAME, true, |va| pattern(1, va));
+    let load = Instruction::vload(SRC, 0, XType::DWORD, 512, 1);
+    for round in 0..30u64 {
+        mm.flush(SRC, SRC + FRAME);
+        let (inner_mm, inner) = (mm.clone(), table.clone());
+        let memory = rig.memory.clone();
+        table.after_next_lookup(Box::new(move || {
+            let old = inner.migrate(&inner_mm, SRC);
+            memory.write(old, 0, &[POISON; FRAME as usize]);
+            memory.put(old);
+        }));
+        let lookups = table.lookups().0;
+        user.ok(0, &load);
+        assert_eq!(
+            user.get(0, FRAME as usize),
+            patterned(1, SRC, FRAME as usize),
+            "round {round}: stale"
+        );
+        assert_eq!(table.lookups().0, lookups + 2, "round {round}: not missed again");
+        assert_eq!(user.gseg.tag(0).unwrap(), table.generation(), "round {round}");
+    }
+
+    // The whole span of a fill counts, not only the address that missed.
+    let base = 0x7f50_0040_0000u64;
+    let rows = [rig.memory.take_row(512), rig.memory.take_row(512)];
+    rig.memory
+        .write(rows[1], 0, &patterned(2, base, 512 * FRAME as usize));
+    let pte = |frame| Pte {
+        frame,
+        writable: true,
+    };
+    rig.memory.write(rows[0], 0, &vec![POISON; 512 * FRAME as usize]);
+    table.edit(|e| e.map_huge(base, pte(rows[0])));
+    let (inner_mm, inner) = (mm.clone(), table.clone());
+    table.after_next_lookup(Box::new(move || {
+        let far = base + 511 * FRAME;
+        inner.change(&inner_mm, far, far + FRAME, |e| e.map_huge(base, pte(rows[1])));
+    }));
+    user.ok(0, &Instruction::vload(base, 0, XType::DWORD, 512, 1));
+    assert_eq!(
+        user.get(0, FRAME as usize),
+        patterned(2, base, FRAME as usize),
+        "huge: stale"
+    );
+}
+
+/// As [`s1_invalidation_during_the_look_up`], for pages that a BCOPY's miss brings in ahead: the first look-up of a
+/// miss with preload is the missing page's own, so what follows is preloaded before the answer to the first.
+///
+/// Needs a driver with preload.
+///
+/// # Panics
+/// When an old page is used.
+pub fn s1_invalidation_during_preload(rig: &Rig) {
+    let (mm, table) = rig.space();
+    let user = User::new(&mm, wants(2, 4096, FaultMode::Interrupt));
+    let len = PAGES * FRAME;
+    table.populate(SRC, len, true, |va| pattern(1, va));
+    table.populate(DST, len, true, |_| 0);
+    for round in 0..20u64 {
+        mm.flush_all();
+        table.write(DST, &vec![0; len as usize]);
+        let (inner_mm, inner) = (mm.clone(), table.clone());
+        let memory = rig.memory.clone();
+        // Moves the page that missed and all those behind it, after the first has been looked up.
+        table.after_next_lookup(Box::new(move || {
+            for page in 0..PAGES {
+                let old = inner.migrate(&inner_mm, SRC + page * FRAME);
+                memory.write(old, 0, &[POISON; FRAME as usize]);
+                memory.put(old);
+            }
+        }));
+        user.ok(0, &Instruction::bcopy(SRC, DST, 0, 4, XType::DWORD, len / 8));
+        assert_eq!(
+            table.read(DST, len as usize),
+            patterned(1, SRC, len as usize),
+            "round {round}: stale"
+        );
+    }
+    assert!(rig.gru.stats().preloads > 0);
 }
 
 /// Flushes from many threads at once, of disjoint and of equal ranges, beside instructions; none is lost.

@@ -149,19 +149,32 @@ macro_rules! gru_bodies {
         #[test]
         fn test_s2_flush_when_bcopy_storms_leaves_no_stale_access() {
             $with(GruOptions::default(), |rig| {
-                flushes::s2_bcopy_storm(rig, 1000);
+                flushes::s2_bcopy_storm(rig, 600, 60);
             });
         }
         #[test]
         fn test_s2_flush_when_bcopy_preloads_leaves_no_stale_access() {
             $with(preload(16), |rig| {
-                flushes::s2_bcopy_storm(rig, 1000);
+                flushes::s2_bcopy_storm(rig, 600, 60);
             });
         }
         #[test]
         fn test_s2_instruction_when_issued_after_a_flush_uses_no_older_entry() {
             $with(GruOptions::default(), |rig| {
                 flushes::s2_generation(rig);
+            });
+        }
+        #[test]
+        fn test_s1_fill_when_an_invalidation_ran_during_its_look_up_is_dropped() {
+            $with(GruOptions::default(), |rig| {
+                flushes::s1_invalidation_during_the_look_up(rig, FaultMode::Interrupt);
+                flushes::s1_invalidation_during_the_look_up(rig, FaultMode::UserPolling);
+            });
+        }
+        #[test]
+        fn test_s1_preload_when_an_invalidation_ran_during_its_look_up_is_dropped() {
+            $with(preload(8), |rig| {
+                flushes::s1_invalidation_during_preload(rig);
             });
         }
         #[test]

@@ -55,13 +55,25 @@ impl Entries {
 }
 
 /// Pager and processor.
-#[derive(Debug)]
 pub struct PageTable {
     memory: Arc<Memory>,
     entries: Mutex<Entries>,
     generation: AtomicU64,
     faults: AtomicU64,
     retries: AtomicU64,
+    /// Called after a look-up has found a page and before the driver gets it.
+    after_lookup: Mutex<Option<AfterLookup>>,
+}
+
+/// See [`PageTable::after_next_lookup`].
+pub type AfterLookup = Box<dyn FnOnce() + Send>;
+
+impl std::fmt::Debug for PageTable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PageTable")
+            .field("entries", &self.entries)
+            .finish_non_exhaustive()
+    }
 }
 
 impl PageTable {
@@ -74,6 +86,7 @@ impl PageTable {
             generation: AtomicU64::new(1),
             faults: AtomicU64::new(0),
             retries: AtomicU64::new(0),
+            after_lookup: Mutex::new(None),
         })
     }
 
@@ -100,6 +113,12 @@ impl PageTable {
             self.faults.load(Ordering::SeqCst),
             self.retries.load(Ordering::SeqCst),
         )
+    }
+
+    /// Has `then` run once, on the thread that serves the next miss, when its page has been looked up and the
+    /// driver does not have the answer yet: an invalidation there meets a fill that is being prepared.
+    pub fn after_next_lookup(&self, then: AfterLookup) {
+        *self.after_lookup.lock().unwrap() = Some(then);
     }
 
     /// Changes entries without telling anybody: for pages that no device can know.
@@ -151,12 +170,16 @@ impl PageTable {
     pub fn migrate(&self, mm: &Mm, va: u64) -> Frame {
         let page = va & !(FRAME - 1);
         self.start(mm, page, page + FRAME);
-        let old = self.edit(|e| e.get(page)).expect("a page to move");
         let frame = self.memory.take();
-        // Between start and end nobody can store through the old page any more.
-        let data = self.memory.read(old.frame, 0, FRAME as usize);
-        self.memory.write(frame, 0, &data);
-        self.edit(|e| e.map(page, Pte { frame, ..old }));
+        let old = self.edit(|e| {
+            let old = e.get(page).expect("a page to move");
+            // Nobody can store through the old page any more: the device has forgotten it, and the
+            // processor's accesses take the lock that is held here.
+            let data = self.memory.read(old.frame, 0, FRAME as usize);
+            self.memory.write(frame, 0, &data);
+            e.map(page, Pte { frame, ..old });
+            old
+        });
         self.end(mm, page, page + FRAME);
         old.frame
     }
@@ -171,8 +194,9 @@ impl PageTable {
         }
     }
 
-    fn frame_of(&self, va: u64) -> (Frame, u64) {
-        let entries = self.entries.lock().unwrap();
+    /// Where an address is, in entries that stay locked: the processor's access and its translation are one
+    /// step, as they are for a processor whose TLB takes part in the invalidation.
+    fn frame_of(entries: &Entries, va: u64) -> (Frame, u64) {
         if let Some(pte) = entries.get(va) {
             return (pte.frame, va % FRAME);
         }
@@ -189,7 +213,8 @@ impl PageTable {
     /// Where there is no page.
     pub fn write(&self, va: u64, data: &[u8]) {
         Self::each_page(va, data.len(), |at, range| {
-            let (frame, offset) = self.frame_of(at);
+            let entries = self.entries.lock().unwrap();
+            let (frame, offset) = Self::frame_of(&entries, at);
             self.memory.write(frame, offset, &data[range]);
         });
     }
@@ -202,7 +227,8 @@ impl PageTable {
     pub fn read(&self, va: u64, len: usize) -> Vec<u8> {
         let mut data = vec![0; len];
         Self::each_page(va, len, |at, range| {
-            let (frame, offset) = self.frame_of(at);
+            let entries = self.entries.lock().unwrap();
+            let (frame, offset) = Self::frame_of(&entries, at);
             let piece = self.memory.read(frame, offset, range.len());
             data[range].copy_from_slice(&piece);
         });
@@ -219,6 +245,20 @@ impl PageTable {
 
 impl Pager for PageTable {
     fn fault(&self, va: u64, _write: bool) -> Fault {
+        let answer = self.look_up(va);
+        let then = match answer {
+            Fault::Page(_) => self.after_lookup.lock().unwrap().take(),
+            _ => None,
+        };
+        if let Some(then) = then {
+            then();
+        }
+        answer
+    }
+}
+
+impl PageTable {
+    fn look_up(&self, va: u64) -> Fault {
         self.faults.fetch_add(1, Ordering::SeqCst);
         let entries = self.entries.lock().unwrap();
         let meets = |(start, end): &(u64, u64), first: u64, last: u64| first < *end && *start <= last;

@@ -25,7 +25,11 @@ use std::time::Duration;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Seen {
     /// A START that was taken (answered once the gate is open).
-    Start { range: (u64, u64), generation: u64, event: u32 },
+    Start {
+        range: (u64, u64),
+        generation: u64,
+        event: u32,
+    },
     /// An END.
     End { range: (u64, u64), generation: u64 },
     /// A userfaultfd event, by its number.
@@ -110,7 +114,8 @@ impl Mock {
         let table_fd: OwnedFd = memfd("table", TABLE_BYTES as u64).into();
         // SAFETY: a new mapping, kept for the test's process; every field is atomic or reserved.
         let table = unsafe {
-            let at = agent::raw::mmap(0, TABLE_BYTES, 3, libc::MAP_SHARED, Some(table_fd.as_fd()), 0).unwrap();
+            let at =
+                agent::raw::mmap(0, TABLE_BYTES, 3, libc::MAP_SHARED, Some(table_fd.as_fd()), 0).unwrap();
             &*(at as *const SharedTable)
         };
         table.header.magic.store(shared::MAGIC, Ordering::SeqCst);
@@ -140,7 +145,11 @@ impl Mock {
             None,
         )
         .unwrap();
-        rustix::net::bind(&listener, &SocketAddrUnix::new(dir.path().join("socket")).unwrap()).unwrap();
+        rustix::net::bind(
+            &listener,
+            &SocketAddrUnix::new(dir.path().join("socket")).unwrap(),
+        )
+        .unwrap();
         rustix::net::listen(&listener, 8).unwrap();
         let mut threads = Vec::new();
         let for_accept = Arc::clone(&inner);
@@ -178,7 +187,11 @@ impl Mock {
     /// Pretend that a device has cached a page.
     pub fn count(&self, va: usize) {
         self.inner.table.cached[shared::bucket_of(va as u64)].fetch_add(1, Ordering::SeqCst);
-        self.inner.table.header.cached_total.fetch_add(1, Ordering::SeqCst);
+        self.inner
+            .table
+            .header
+            .cached_total
+            .fetch_add(1, Ordering::SeqCst);
     }
 
     pub fn seen(&self) -> Vec<Seen> {
@@ -452,12 +465,7 @@ fn mailbox(inner: &Inner) {
                     .compare_exchange(from, slot_state::SERVING, Ordering::SeqCst, Ordering::SeqCst)
                     .is_ok()
             };
-            let range = || {
-                (
-                    slot.start.load(Ordering::SeqCst),
-                    slot.end.load(Ordering::SeqCst),
-                )
-            };
+            let range = || (slot.start.load(Ordering::SeqCst), slot.end.load(Ordering::SeqCst));
             let generation = || slot.generation.load(Ordering::SeqCst);
             if take(slot_state::REQUEST) {
                 assert_eq!(slot.op.load(Ordering::SeqCst), slot_op::START);
@@ -519,7 +527,11 @@ fn watch(inner: &Inner, uffd: &OwnedFd, stop: &AtomicBool) {
             unsafe { libc::ioctl(uffd.as_raw_fd(), 0xc020_aa04, zeropage.as_mut_ptr()) };
             continue;
         }
-        let range = if message[0] == 20 { (word(8), word(16)) } else { (word(8), word(16)) };
+        let range = if message[0] == 20 {
+            (word(8), word(16))
+        } else {
+            (word(8), word(16))
+        };
         inner.log(Seen::Event {
             event: message[0],
             range,
