@@ -16,11 +16,14 @@ use std::sync::Once;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Largest registered part of a range that is unregistered in write-protect mode (in missing mode the cost of
-/// unregistering does not depend on the size). Overridden by `TLBRIDGE_UNREGISTER_MAX` (bytes).
+/// unregistering hardly depends on the size). Overridden by `TLBRIDGE_UNREGISTER_MAX` (bytes).
 ///
-/// Unregistering costs about 20 us a MiB there, a third of what the unmapping itself costs; the event path
-/// costs a wait for the daemon, and every translation of the whole address space.
-pub const UNREGISTER_MAX_WP: u64 = 256 << 20;
+/// Measured with `examples/covered_munmap.rs --sizes`: unregistering and registering adds 2 us to the
+/// unmapping of a page, 45 us to that of 2 MiB, 1.8 ms to that of 64 MiB, 12 ms to that of 256 MiB, always
+/// about two fifths of the unmapping itself. The event path adds 10 to 30 us by itself, but takes every
+/// translation of the address space with it, and each has to be faulted in again (tens of us): above this
+/// size that is the smaller evil.
+pub const UNREGISTER_MAX_WP: u64 = 64 << 20;
 
 /// Attachments so far, in this process and its ancestors.
 static ATTACHMENTS: AtomicU64 = AtomicU64::new(0);

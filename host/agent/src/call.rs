@@ -42,7 +42,7 @@ pub(crate) enum Suspended {
 /// The pages that `[addr, addr + len)` touches, or `None` when the system call will refuse it anyway.
 pub(crate) fn pages(addr: u64, len: u64) -> Option<Interval> {
     let end = addr.checked_add(len)?.checked_next_multiple_of(sys::PAGE)?;
-    (len != 0 && addr % sys::PAGE == 0 && end <= ADDRESS_LIMIT).then(|| Interval::new(addr, end))
+    (len != 0 && addr.is_multiple_of(sys::PAGE) && end <= ADDRESS_LIMIT).then(|| Interval::new(addr, end))
 }
 
 impl Call {

@@ -27,11 +27,9 @@ pub(crate) fn start(
         slot.result.store(0, Ordering::Relaxed);
         slot.state.store(slot_state::REQUEST, Ordering::Release);
         ring(table);
-        if let Err(gone) = wait(state, table, slot, since) {
-            // The slot stays as it is: the daemon that could still write to it is gone, or has given the
-            // table up.
-            return Err(gone);
-        }
+        // If nobody answers, the slot stays as it is: the daemon that could still write to it is gone, or has
+        // given the table up.
+        wait(state, table, slot, since)?;
         let result = slot.result.load(Ordering::Acquire);
         if result == 0 {
             state.sample_resets();

@@ -74,7 +74,7 @@ impl Peer {
     /// See [`AgentError`].
     pub fn attach(socket: &Path, pid: u32, start: u64, end: u64) -> Result<Self> {
         let what = "attaching as a peer";
-        if start >= end || start % sys::PAGE != 0 || end % sys::PAGE != 0 {
+        if start >= end || !start.is_multiple_of(sys::PAGE) || !end.is_multiple_of(sys::PAGE) {
             return Err(AgentError::Invalid {
                 what: "peer range",
                 why: "empty or not page aligned",
@@ -129,7 +129,7 @@ impl Peer {
     #[must_use]
     pub fn read(&self, va: u64) -> Option<u64> {
         let page = va & !(sys::PAGE - 1);
-        if va % 8 != 0 || va < self.shared.start || va >= self.shared.end {
+        if !va.is_multiple_of(8) || va < self.shared.start || va >= self.shared.end {
             return None;
         }
         loop {

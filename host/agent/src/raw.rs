@@ -32,7 +32,8 @@ pub unsafe fn mmap(
 ) -> io::Result<usize> {
     let fd = fd.map_or(-1, |f| f.as_raw_fd());
     // SAFETY: the caller's promise.
-    check(unsafe { libc::syscall(
+    check(unsafe {
+        libc::syscall(
             libc::SYS_mmap,
             addr,
             len,
@@ -40,7 +41,8 @@ pub unsafe fn mmap(
             flags as usize,
             fd as isize,
             offset,
-        ) })
+        )
+    })
 }
 
 /// munmap.

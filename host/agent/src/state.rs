@@ -252,7 +252,16 @@ pub(crate) fn state() -> Option<&'static State> {
 
 /// The state while calls have to be covered.
 pub(crate) fn covering() -> Option<&'static State> {
-    state().filter(|s| matches!(s.phase(), phase::ATTACHED | phase::FENCING))
+    let state = state()?;
+    match state.phase() {
+        phase::ATTACHED | phase::FENCING => Some(state),
+        phase::DETACHED => {
+            // The child of a raw clone, which ran no fork handler: its first call closes the descriptors.
+            close_inherited();
+            None
+        }
+        _ => None,
+    }
 }
 
 /// The state; made at the first call.

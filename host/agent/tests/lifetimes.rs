@@ -58,7 +58,10 @@ fn test_attach_when_nobody_listens_says_where_and_what_to_do() {
     })
     .unwrap_err();
     let text = error.to_string();
-    assert!(text.contains("/nonexistent/tlbridge") && text.contains("tlbridge host"), "{text}");
+    assert!(
+        text.contains("/nonexistent/tlbridge") && text.contains("tlbridge host"),
+        "{text}"
+    );
     assert!(agent::current().is_none());
 }
 
@@ -153,6 +156,71 @@ fn test_child_when_forked_is_detached_and_its_calls_are_plain() {
     agent.detach().unwrap();
 }
 
+/// Whether descriptor `fd` is a userfaultfd, without malloc.
+fn is_userfaultfd(fd: i32) -> bool {
+    let mut path = *b"/proc/self/fd/000\0";
+    for (i, digit) in [fd / 100, fd / 10 % 10, fd % 10].into_iter().enumerate() {
+        path[14 + i] = b'0' + digit as u8;
+    }
+    // "/proc/self/fd/007" is not a name of descriptor 7.
+    let skip = if fd >= 100 {
+        0
+    } else if fd >= 10 {
+        1
+    } else {
+        2
+    };
+    path.copy_within(14 + skip.., 14);
+    let mut link = [0u8; 64];
+    // SAFETY: the path is terminated, the buffer lives on this stack.
+    let n = unsafe { libc::readlink(path.as_ptr().cast(), link.as_mut_ptr().cast(), link.len()) };
+    n > 0 && link[..n as usize].windows(11).any(|w| w == b"userfaultfd")
+}
+
+#[test]
+fn test_child_when_made_by_a_raw_clone_is_detached_by_its_first_call() {
+    let _one = one_at_a_time();
+    let mock = Mock::start(Options {
+        monitor: false,
+        ..Options::default()
+    });
+    let agent = mock.attach();
+    let memory = agent.memory(PAGE as u64, "clone").unwrap();
+    let at = map(agent, &memory, PAGE);
+    mock.count(at);
+    mock.set_gate(false);
+    let count = || (0..1000).filter(|&fd| is_userfaultfd(fd)).count();
+    assert_eq!(count(), 1);
+    // SAFETY: a child with a copy of everything; it makes system calls only and ends by _exit.
+    let child = unsafe {
+        libc::syscall(
+            libc::SYS_clone,
+            libc::SIGCHLD as usize,
+            0usize,
+            0usize,
+            0usize,
+            0usize,
+        )
+    };
+    if child == 0 {
+        let ok = count() == 1
+            // SAFETY: the child's own mapping.
+            && unsafe { agent::covered::munmap(at, PAGE) }.is_ok_and(|c| c.generation == 0)
+            && count() == 0;
+        // SAFETY: ends the child.
+        unsafe { libc::_exit(i32::from(!ok)) };
+    }
+    let mut status = 0;
+    // SAFETY: waits for the child made above.
+    // SAFETY: waits for the child made above.
+    let waited = unsafe { libc::waitpid(child as i32, &raw mut status, 0) };
+    assert_eq!(i64::from(waited), child);
+    assert_eq!(status, 0);
+    assert_eq!(count(), 1);
+    mock.set_gate(true);
+    agent.detach().unwrap();
+}
+
 #[test]
 fn test_child_when_forked_can_attach_anew() {
     let _one = one_at_a_time();
@@ -174,7 +242,9 @@ fn test_child_when_forked_can_attach_anew() {
             name: "child".into(),
         });
         let ok = attached.is_ok_and(|agent| {
-            let Ok(memory) = agent.memory(PAGE as u64, "child") else { return false };
+            let Ok(memory) = agent.memory(PAGE as u64, "child") else {
+                return false;
+            };
             let at = map(agent, &memory, PAGE);
             unmap(agent, at, PAGE) > 0 && agent.detach().is_ok()
         });
@@ -185,7 +255,12 @@ fn test_child_when_forked_can_attach_anew() {
     // SAFETY: waits for the child made above.
     assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
     assert_eq!(status, 0);
-    assert!(other.seen().iter().any(|s| matches!(s, Seen::Memory { new: true, .. })));
+    assert!(
+        other
+            .seen()
+            .iter()
+            .any(|s| matches!(s, Seen::Memory { new: true, .. }))
+    );
     agent.alive().unwrap();
     agent.detach().unwrap();
 }
@@ -206,7 +281,11 @@ fn test_calls_when_the_daemon_dies_go_on_and_the_error_names_it() {
         t.join().unwrap();
     });
     let gone = agent.alive().unwrap_err();
-    assert!(gone.who.contains(&format!("host daemon (pid {})", std::process::id())), "{gone}");
+    assert!(
+        gone.who
+            .contains(&format!("host daemon (pid {})", std::process::id())),
+        "{gone}"
+    );
     // Plain from now on, on registered memory too.
     assert_eq!(unmap(agent, at + PAGE, 3 * PAGE), 0);
     assert!(matches!(agent.memory(4096, "dead"), Err(AgentError::Gone(_))));
@@ -260,14 +339,21 @@ fn test_hop_when_the_daemon_is_silent_fences_it_then_the_device() {
     mock.set_gate(false);
     let begin = Instant::now();
     unmap(agent, at, PAGE);
-    assert!(begin.elapsed() >= Duration::from_millis(600), "{:?}", begin.elapsed());
+    assert!(
+        begin.elapsed() >= Duration::from_millis(600),
+        "{:?}",
+        begin.elapsed()
+    );
     // Both are gone, by SIGKILL.
     for child in [&mut daemon, &mut device] {
         use std::os::unix::process::ExitStatusExt;
         assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
     }
     let gone = agent.alive().unwrap_err();
-    assert!(gone.to_string().contains(&format!("pid {}", daemon.id())), "{gone}");
+    assert!(
+        gone.to_string().contains(&format!("pid {}", daemon.id())),
+        "{gone}"
+    );
     assert!(gone.why.contains("fence timeout"), "{gone}");
     mock.set_gate(true);
     agent.detach().unwrap();
@@ -310,7 +396,11 @@ fn test_hop_when_the_daemon_has_died_waits_for_the_devices_reset() {
             std::thread::yield_now();
         }
         assert!(!returned.load(Ordering::SeqCst));
-        mock.inner().device.bar0.write_all_at(&1u32.to_le_bytes(), 0x1004).unwrap();
+        mock.inner()
+            .device
+            .bar0
+            .write_all_at(&1u32.to_le_bytes(), 0x1004)
+            .unwrap();
         t.join().unwrap();
     });
     assert!(matches!(
@@ -355,7 +445,10 @@ fn test_alive_when_the_device_is_lost_names_it_and_calls_stay_covered() {
             Ok(()) => std::thread::yield_now(),
         }
     };
-    assert!(gone.who.starts_with("device process") && gone.why.contains("socket closed"), "{gone}");
+    assert!(
+        gone.who.starts_with("device process") && gone.why.contains("socket closed"),
+        "{gone}"
+    );
     let memory = agent.memory(PAGE as u64, "lost").unwrap();
     let at = map(agent, &memory, PAGE);
     mock.count(at);
@@ -376,14 +469,20 @@ fn test_context_when_an_instruction_runs_answers_with_value_and_tag() {
             fault_mode: FaultMode::Interrupt,
         })
         .unwrap();
-    assert_eq!((context.cbs(), context.ds_bytes(), context.gseg_offset()), (4, 2048, GSEG_OFFSET));
+    assert_eq!(
+        (context.cbs(), context.ds_bytes(), context.gseg_offset()),
+        (4, 2048, GSEG_OFFSET)
+    );
     context.ds_write(100, b"data").unwrap();
     let mut back = [0; 4];
     context.ds_read(100, &mut back).unwrap();
     assert_eq!(&back, b"data");
     assert!(context.ds_write(2046, b"data").is_err());
     let outside = context.execute(4, &Instruction::nop());
-    assert!(matches!(outside, Err(ExecuteError::Agent(AgentError::Invalid { .. }))));
+    assert!(matches!(
+        outside,
+        Err(ExecuteError::Agent(AgentError::Invalid { .. }))
+    ));
     // The device: wait for the doorbell, look at control block 1, answer.
     let completion = std::thread::scope(|s| {
         s.spawn(|| {
@@ -396,7 +495,8 @@ fn test_context_when_an_instruction_runs_answers_with_value_and_tag() {
             let control = Control::from_bits(u64::from_le_bytes(word));
             assert!(control.icmd() && control.istatus() == Status::ACTIVE);
             bar2.write_all_at(&77u64.to_le_bytes(), at + cb::AVALUE).unwrap();
-            bar2.write_all_at(&9u64.to_le_bytes(), at + protos::gru::map::CB_EXT_TAG).unwrap();
+            bar2.write_all_at(&9u64.to_le_bytes(), at + protos::gru::map::CB_EXT_TAG)
+                .unwrap();
             let done = control.with_icmd(false).with_istatus(Status::IDLE);
             bar2.write_all_at(&done.into_bits().to_le_bytes(), at).unwrap();
         });
@@ -412,7 +512,8 @@ fn test_context_when_an_instruction_runs_answers_with_value_and_tag() {
 fn test_peer_when_zapped_really_unmaps_before_it_answers() {
     let _one = one_at_a_time();
     let mock = Mock::start(Options::default());
-    let file = std::fs::File::from(rustix::fs::memfd_create("peer", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+    let file =
+        std::fs::File::from(rustix::fs::memfd_create("peer", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
     file.set_len(2 * PAGE as u64).unwrap();
     file.write_all_at(&11u64.to_le_bytes(), 8).unwrap();
     file.write_all_at(&22u64.to_le_bytes(), PAGE as u64 + 8).unwrap();

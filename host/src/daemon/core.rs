@@ -92,6 +92,18 @@ impl Core {
         identity.may_act_for(self.uid)
     }
 
+    /// What agents are told to wait for this daemon before they fence *it*, in milliseconds; 0 = for ever. The
+    /// daemon may itself be waiting: for a device and then for a peer, each with the fence's timeout, and each
+    /// may take a moment to be gone.
+    #[must_use]
+    pub fn patience_of_agents_ms(&self) -> u64 {
+        let timeout = self.options.fence_timeout;
+        if timeout.is_zero() {
+            return 0;
+        }
+        u64::try_from((timeout * 3 + Duration::from_secs(1)).as_millis()).unwrap_or(u64::MAX)
+    }
+
     /// A number for a new session.
     pub fn next_session(&self) -> u32 {
         self.session_numbers.fetch_add(1, Ordering::Relaxed)

@@ -16,6 +16,7 @@ pub use config::{DEFAULT_FENCE_TIMEOUT, HostConfig, Ready, ReadyCallback, Reclai
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use driver::backing::Backing;
 use driver::gru::{Gru, GruOptions};
@@ -105,10 +106,14 @@ pub fn run_with_backing(
     let device_fence = DeviceFence::start(&backing, &fence, config.fence_timeout)
         .map_err(system("starting the thread that fences the device"))?;
     let (_device_fence, on_stall) = device_fence.unzip();
-    let options = GruOptions {
+    let mut options = GruOptions {
         on_stall,
         ..GruOptions::default()
     };
+    if let Some(timeout) = timeout {
+        // Asked often enough for the timeout to mean what it says.
+        options.stall_after = options.stall_after.min(timeout / 2).max(Duration::from_millis(1));
+    }
     let gru = Gru::open(backing.clone(), options).map_err(|error| DaemonError::Device {
         path: config.device.clone(),
         reason: error.to_string(),

@@ -101,18 +101,19 @@ impl ActiveTable {
     }
 
     /// Waits until everything that runs now has finished; what starts later is not waited for.
+    ///
+    /// The caller has published a subscriber and fenced. Numbers are given before the starter's own fence: a
+    /// number that is not yet given here belongs to a start that sees the subscriber.
     pub(super) fn wait_for_running(&self, token: &MaySleep) {
+        let first_later = self.next_number.load(Ordering::Relaxed);
         for entry in &self.entries {
-            let mut seen = 0;
             self.freed.wait_for(token, "running invalidations to end", || {
-                let now = entry.number.load(Ordering::Acquire);
-                if now == 0 || (seen != 0 && now != seen) {
-                    return Some(());
+                match entry.number.load(Ordering::Acquire) {
+                    0 => Some(()),
+                    // Could be an earlier one. Its starter is between two stores; it notifies when it ends.
+                    CLAIMED => None,
+                    number => (number >= first_later).then_some(()),
                 }
-                if now != CLAIMED {
-                    seen = now;
-                }
-                None
             });
         }
     }

@@ -254,8 +254,7 @@ impl Connection {
                 device_pid: self.core.backing.pid().unwrap_or(0),
                 session: session.id,
                 uffd_mode: self.core.options.uffd_mode,
-                fence_timeout_ms: u64::try_from(self.core.options.fence_timeout.as_millis())
-                    .unwrap_or(u64::MAX),
+                fence_timeout_ms: self.core.patience_of_agents_ms(),
             },
             fds,
         })

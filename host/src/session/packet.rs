@@ -112,21 +112,18 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, serde_json::Error>
     serde_json::from_slice(bytes)
 }
 
-/// A connected pair of SEQPACKET sockets: (ours, non-blocking; theirs, blocking).
+/// A connected pair of SEQPACKET sockets: (ours, theirs). Both block by themselves, as the other side expects;
+/// [`send`] and [`receive`] do not wait whatever the mode.
 ///
 /// # Errors
 /// The file limit.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    let (ours, theirs) = socketpair(
+    Ok(socketpair(
         AddressFamily::UNIX,
         SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        SocketFlags::CLOEXEC,
         None,
-    )?;
-    // O_NONBLOCK belongs to the open file and would travel with it: a peer that waits in recvmsg would see
-    // EAGAIN and take it for the end.
-    rustix::io::ioctl_fionbio(&theirs, false)?;
-    Ok((ours, theirs))
+    )?)
 }
 
 #[cfg(test)]

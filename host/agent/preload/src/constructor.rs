@@ -37,7 +37,11 @@ extern "C" fn start() {
         });
     if let Err(why) = result {
         let required = is_on("TLBRIDGE_REQUIRED");
-        let end = if required { "giving up" } else { "running without it" };
+        let end = if required {
+            "giving up"
+        } else {
+            "running without it"
+        };
         eprintln!("tlbridge agent: {why}; {end}");
         if required {
             // SAFETY: before main; nothing has to be cleaned up.

@@ -55,19 +55,37 @@ pub struct TlbCompletion {
 
 /// Load.
 #[unsafe(no_mangle)]
-pub extern "C" fn tlb_instruction_vload(va: u64, ds: u32, xtype: u8, nelem: u64, stride: u64) -> TlbInstruction {
+pub extern "C" fn tlb_instruction_vload(
+    va: u64,
+    ds: u32,
+    xtype: u8,
+    nelem: u64,
+    stride: u64,
+) -> TlbInstruction {
     Instruction::vload(va, ds, XType(xtype), nelem, stride).into()
 }
 
 /// Store.
 #[unsafe(no_mangle)]
-pub extern "C" fn tlb_instruction_vstore(va: u64, ds: u32, xtype: u8, nelem: u64, stride: u64) -> TlbInstruction {
+pub extern "C" fn tlb_instruction_vstore(
+    va: u64,
+    ds: u32,
+    xtype: u8,
+    nelem: u64,
+    stride: u64,
+) -> TlbInstruction {
     Instruction::vstore(va, ds, XType(xtype), nelem, stride).into()
 }
 
 /// Set.
 #[unsafe(no_mangle)]
-pub extern "C" fn tlb_instruction_vset(va: u64, value: u64, xtype: u8, nelem: u64, stride: u64) -> TlbInstruction {
+pub extern "C" fn tlb_instruction_vset(
+    va: u64,
+    value: u64,
+    xtype: u8,
+    nelem: u64,
+    stride: u64,
+) -> TlbInstruction {
     Instruction::vset(va, value, XType(xtype), nelem, stride).into()
 }
 

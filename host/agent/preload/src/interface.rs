@@ -61,10 +61,7 @@ pub unsafe extern "C" fn tlb_attach(socket: *const c_char, name: *const c_char) 
             None => return failed(&"no socket is named and TLBRIDGE_SOCKET is not set", libc::EINVAL),
         },
     };
-    let name = text(name).map_or_else(
-        || "program".into(),
-        |b| String::from_utf8_lossy(&b).into_owned(),
-    );
+    let name = text(name).map_or_else(|| "program".into(), |b| String::from_utf8_lossy(&b).into_owned());
     match Agent::attach(&AttachOptions { socket, name }) {
         Ok(_) => 0,
         Err(e) => failed(&e, errno_of(&e)),
@@ -74,7 +71,10 @@ pub unsafe extern "C" fn tlb_attach(socket: *const c_char, name: *const c_char) 
 /// End the attachment.
 #[unsafe(no_mangle)]
 pub extern "C" fn tlb_detach() -> c_int {
-    match agent::current().ok_or(AgentError::NotAttached).and_then(Agent::detach) {
+    match agent::current()
+        .ok_or(AgentError::NotAttached)
+        .and_then(Agent::detach)
+    {
         Ok(()) => 0,
         Err(e) => failed(&e, errno_of(&e)),
     }
@@ -215,7 +215,12 @@ pub unsafe extern "C" fn tlb_mremap(
 /// # Safety
 /// As madvise; `generation` is null or can be written to.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn tlb_madvise(addr: *mut c_void, len: size_t, advice: c_int, generation: *mut u64) -> c_int {
+pub unsafe extern "C" fn tlb_madvise(
+    addr: *mut c_void,
+    len: size_t,
+    advice: c_int,
+    generation: *mut u64,
+) -> c_int {
     // SAFETY: the caller's promise.
     unsafe { status(covered::madvise(addr as usize, len, advice), generation) }
 }
@@ -225,7 +230,12 @@ pub unsafe extern "C" fn tlb_madvise(addr: *mut c_void, len: size_t, advice: c_i
 /// # Safety
 /// As mprotect; `generation` is null or can be written to.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn tlb_mprotect(addr: *mut c_void, len: size_t, prot: c_int, generation: *mut u64) -> c_int {
+pub unsafe extern "C" fn tlb_mprotect(
+    addr: *mut c_void,
+    len: size_t,
+    prot: c_int,
+    generation: *mut u64,
+) -> c_int {
     // SAFETY: the caller's promise.
     unsafe { status(covered::mprotect(addr as usize, len, prot), generation) }
 }

@@ -10,9 +10,9 @@ use std::process::{Command, Output};
 use std::sync::atomic::Ordering;
 
 fn library() -> PathBuf {
-    // target/PROFILE/deps/this-test
+    // Next to this test, in target/PROFILE/deps: cargo has built it for this test.
     let exe = std::env::current_exe().unwrap();
-    let library = exe.parent().unwrap().parent().unwrap().join("libtlbridge_agent.so");
+    let library = exe.with_file_name("libtlbridge_agent.so");
     assert!(library.exists(), "{} has not been built", library.display());
     library
 }
@@ -54,7 +54,9 @@ fn assert_done(out: &Output) {
 #[test]
 fn test_program_when_preloaded_is_covered() {
     let dir = tempfile::tempdir().unwrap();
-    let Some(program) = compile(dir.path(), "program.c", &[]) else { return };
+    let Some(program) = compile(dir.path(), "program.c", &[]) else {
+        return;
+    };
     for uffd_mode in [UffdMode::Missing, UffdMode::Wp] {
         let mock = Mock::start(Options {
             uffd_mode,
@@ -82,7 +84,9 @@ fn test_program_when_preloaded_is_covered() {
 #[test]
 fn test_program_when_its_heap_is_on_the_arena_works() {
     let dir = tempfile::tempdir().unwrap();
-    let Some(program) = compile(dir.path(), "program.c", &[]) else { return };
+    let Some(program) = compile(dir.path(), "program.c", &[]) else {
+        return;
+    };
     for uffd_mode in [UffdMode::Missing, UffdMode::Wp] {
         let mock = Mock::start(Options {
             uffd_mode,
@@ -105,7 +109,9 @@ fn test_program_when_its_heap_is_on_the_arena_works() {
 #[test]
 fn test_program_when_there_is_no_daemon_runs_without_it() {
     let dir = tempfile::tempdir().unwrap();
-    let Some(program) = compile(dir.path(), "program.c", &[]) else { return };
+    let Some(program) = compile(dir.path(), "program.c", &[]) else {
+        return;
+    };
     let run = |required: &str| {
         Command::new(&program)
             .env("LD_PRELOAD", library())
@@ -120,7 +126,10 @@ fn test_program_when_there_is_no_daemon_runs_without_it() {
     let out = run("1");
     assert_eq!(out.status.code(), Some(111));
     // Not asked to attach: silent.
-    let out = Command::new(&program).env("LD_PRELOAD", library()).output().unwrap();
+    let out = Command::new(&program)
+        .env("LD_PRELOAD", library())
+        .output()
+        .unwrap();
     assert_done(&out);
     assert!(out.stderr.is_empty());
 }
@@ -142,6 +151,8 @@ fn test_c_interface_when_used_from_c_works() {
     let out = Command::new(&program).arg(mock.socket()).output().unwrap();
     assert_done(&out);
     let seen = mock.seen();
-    assert!(seen.contains(&Seen::Request("create_context")) && seen.contains(&Seen::Request("destroy_context")));
+    assert!(
+        seen.contains(&Seen::Request("create_context")) && seen.contains(&Seen::Request("destroy_context"))
+    );
     mock.assert_idle();
 }

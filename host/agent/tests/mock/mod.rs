@@ -527,11 +527,8 @@ fn watch(inner: &Inner, uffd: &OwnedFd, stop: &AtomicBool) {
             unsafe { libc::ioctl(uffd.as_raw_fd(), 0xc020_aa04, zeropage.as_mut_ptr()) };
             continue;
         }
-        let range = if message[0] == 20 {
-            (word(8), word(16))
-        } else {
-            (word(8), word(16))
-        };
+        // remove and unmap: start, end; remap: from, to.
+        let range = (word(8), word(16));
         inner.log(Seen::Event {
             event: message[0],
             range,
