@@ -25,12 +25,7 @@ struct Device {
 
 impl IntervalOps for Device {
     type Protected = Vec<u64>;
-    fn invalidate(
-        &self,
-        table: &mut Vec<u64>,
-        range: &NotifierRange,
-        ctx: Ctx<'_>,
-    ) -> Result<(), Again> {
+    fn invalidate(&self, table: &mut Vec<u64>, range: &NotifierRange, ctx: Ctx<'_>) -> Result<(), Again> {
         if self.refuse.load(Ordering::Relaxed) {
             ctx.may_sleep()?;
         }
@@ -58,7 +53,9 @@ fn set_up() -> (Arc<Chain>, Arc<IntervalNotifiers>, Interval, MaySleep) {
 
 fn start(chain: &Arc<Chain>, range: NotifierRange) -> Started {
     let token = MaySleep::claim("start");
-    chain.invalidate_range_start(range, Ctx::MaySleep(&token)).unwrap()
+    chain
+        .invalidate_range_start(range, Ctx::MaySleep(&token))
+        .unwrap()
 }
 
 fn end(chain: &Arc<Chain>, started: Started) {
@@ -252,7 +249,10 @@ fn test_c3_start_when_one_interval_refuses_all_of_them_retry_and_nothing_stays_o
     );
     assert_eq!(set.active(), 0);
     assert!(willing.lock(&token).read_retry(sequence));
-    assert!(after.lock(&token).is_empty(), "C6: called although one had refused");
+    assert!(
+        after.lock(&token).is_empty(),
+        "C6: called although one had refused"
+    );
 }
 
 #[test]
@@ -298,14 +298,8 @@ fn test_s7_remove_when_callback_runs_waits_and_none_comes_after() {
     end(&chain, start(&chain, RANGE));
     assert_eq!(interval.lock(&token).len(), 1, "no callback any more");
     let sequence = interval.read_begin(&token).unwrap();
-    assert!(
-        interval.lock(&token).read_retry(sequence),
-        "and no read succeeds"
-    );
-    assert_eq!(
-        set.remove(&interval, &token),
-        Err(UnregisterError::NotRegistered)
-    );
+    assert!(interval.lock(&token).read_retry(sequence), "and no read succeeds");
+    assert_eq!(set.remove(&interval, &token), Err(UnregisterError::NotRegistered));
 }
 
 #[test]

@@ -32,7 +32,9 @@ fn until(condition: impl Fn() -> bool) {
 
 fn run(chain: &Arc<Chain>, range: NotifierRange) {
     let token = MaySleep::claim("run");
-    let started = chain.invalidate_range_start(range, Ctx::MaySleep(&token)).unwrap();
+    let started = chain
+        .invalidate_range_start(range, Ctx::MaySleep(&token))
+        .unwrap();
     chain.invalidate_range_end(started, Ctx::MaySleep(&token));
 }
 
@@ -44,7 +46,9 @@ fn test_c1_change_when_started_lies_between_every_start_and_every_end() {
             .register(Arc::new(Mock::new(name, sleeping, &log)), &token)
             .unwrap();
     }
-    let started = chain.invalidate_range_start(RANGE, Ctx::MaySleep(&token)).unwrap();
+    let started = chain
+        .invalidate_range_start(RANGE, Ctx::MaySleep(&token))
+        .unwrap();
     assert!(chain.is_changing(0x2fff, 0x3000) && !chain.is_changing(0x3000, 0x4000));
     log.lock().unwrap().push(("caller", "change"));
     chain.invalidate_range_end(started, Ctx::MaySleep(&token));
@@ -68,7 +72,11 @@ fn test_c2_end_when_start_is_dropped_is_given_and_counted() {
     chain
         .register(Arc::new(Mock::new("m", true, &log)), &token)
         .unwrap();
-    drop(chain.invalidate_range_start(RANGE, Ctx::MaySleep(&token)).unwrap());
+    drop(
+        chain
+            .invalidate_range_start(RANGE, Ctx::MaySleep(&token))
+            .unwrap(),
+    );
     assert_eq!(take(&log), [("m", "start"), ("m", "end")]);
     let stats = chain.stats();
     assert_eq!(
@@ -83,12 +91,16 @@ fn test_c2_end_when_start_is_dropped_is_given_and_counted() {
 #[test]
 fn test_c2_end_when_chain_or_context_is_another_panics() {
     let (chain, other, token) = (Chain::new(), Chain::new(), MaySleep::claim("test"));
-    let started = chain.invalidate_range_start(RANGE, Ctx::MaySleep(&token)).unwrap();
+    let started = chain
+        .invalidate_range_start(RANGE, Ctx::MaySleep(&token))
+        .unwrap();
     let wrong_chain = catch_unwind(AssertUnwindSafe(|| {
         other.invalidate_range_end(started, Ctx::MaySleep(&token));
     }));
     assert!(wrong_chain.is_err());
-    let started = chain.invalidate_range_start(RANGE, Ctx::MaySleep(&token)).unwrap();
+    let started = chain
+        .invalidate_range_start(RANGE, Ctx::MaySleep(&token))
+        .unwrap();
     let wrong_context = catch_unwind(AssertUnwindSafe(|| {
         let section = NonSleeping::enter();
         chain.invalidate_range_end(started, Ctx::NonSleeping(&section));
@@ -250,7 +262,9 @@ fn test_s2_start_when_a_subscriber_is_not_drained_yet_does_not_return() {
     std::thread::scope(|s| {
         s.spawn(|| {
             let token = MaySleep::claim("starter");
-            let started = chain.invalidate_range_start(RANGE, Ctx::MaySleep(&token)).unwrap();
+            let started = chain
+                .invalidate_range_start(RANGE, Ctx::MaySleep(&token))
+                .unwrap();
             returned.store(true, Ordering::SeqCst);
             chain.invalidate_range_end(started, Ctx::MaySleep(&token));
         });
@@ -271,11 +285,7 @@ fn test_s7_unregister_when_called_from_a_callback_is_an_error() {
     let registration: Arc<Mutex<Option<Registration>>> = Arc::default();
     let answers = Arc::new(Mutex::new(Vec::new()));
     let hook = {
-        let (chain, registration, answers) = (
-            Arc::downgrade(&chain),
-            registration.clone(),
-            answers.clone(),
-        );
+        let (chain, registration, answers) = (Arc::downgrade(&chain), registration.clone(), answers.clone());
         move || {
             // A callback that sleeps has a token of its own; that does not make this any better.
             let registration = registration.lock().unwrap();
@@ -283,7 +293,10 @@ fn test_s7_unregister_when_called_from_a_callback_is_an_error() {
                 && host::notifier::atomic_depth() == 0
             {
                 let token = MaySleep::claim("callback");
-                answers.lock().unwrap().push(chain.unregister(registration, &token));
+                answers
+                    .lock()
+                    .unwrap()
+                    .push(chain.unregister(registration, &token));
             }
         }
     };
@@ -343,7 +356,9 @@ fn test_c2_end_when_place_was_taken_over_does_not_reach_the_newcomer() {
     let old = chain
         .register(Arc::new(Mock::new("old", true, &log)), &token)
         .unwrap();
-    let started = chain.invalidate_range_start(RANGE, Ctx::MaySleep(&token)).unwrap();
+    let started = chain
+        .invalidate_range_start(RANGE, Ctx::MaySleep(&token))
+        .unwrap();
     chain.unregister(old, &token).unwrap();
     std::thread::scope(|s| {
         let newcomer = s.spawn(|| {
@@ -396,7 +411,9 @@ fn test_s9_callback_when_subscriber_never_sleeps_gets_no_token_even_if_blockable
 #[test]
 fn test_s10_register_when_an_invalidation_runs_returns_after_its_end() {
     let (log, chain, token) = (Log::default(), Chain::new(), MaySleep::claim("test"));
-    let started = chain.invalidate_range_start(RANGE, Ctx::MaySleep(&token)).unwrap();
+    let started = chain
+        .invalidate_range_start(RANGE, Ctx::MaySleep(&token))
+        .unwrap();
     std::thread::scope(|s| {
         let register = s.spawn(|| {
             let token = MaySleep::claim("register");
@@ -408,7 +425,9 @@ fn test_s10_register_when_an_invalidation_runs_returns_after_its_end() {
         until(|| chain.waiting_registrations() == 1);
         assert!(!register.is_finished());
         // One that starts now is told to it already, and does not make it wait any longer.
-        let second = chain.invalidate_range_start(RANGE, Ctx::MaySleep(&token)).unwrap();
+        let second = chain
+            .invalidate_range_start(RANGE, Ctx::MaySleep(&token))
+            .unwrap();
         assert_eq!(take(&log), [("m", "start")]);
         chain.invalidate_range_end(started, Ctx::MaySleep(&token));
         register.join().unwrap();
@@ -467,12 +486,10 @@ fn test_s11_start_when_device_holds_dirty_data_returns_after_it_reached_the_page
     let cpu = page.clone();
     let mock = Mock::new("write-back", false, &log).on_start(move |_, _| page.store(0x5a, Ordering::Relaxed));
     chain.register(Arc::new(mock), &token).unwrap();
-    let started = chain.invalidate_range_start(RANGE, Ctx::MaySleep(&token)).unwrap();
-    assert_eq!(
-        cpu.load(Ordering::Relaxed),
-        0x5a,
-        "before the page is unmapped"
-    );
+    let started = chain
+        .invalidate_range_start(RANGE, Ctx::MaySleep(&token))
+        .unwrap();
+    assert_eq!(cpu.load(Ordering::Relaxed), 0x5a, "before the page is unmapped");
     chain.invalidate_range_end(started, Ctx::MaySleep(&token));
 }
 
@@ -533,10 +550,7 @@ fn test_register_when_chain_is_full_or_in_a_callback_is_an_error() {
     });
     chain.register(Arc::new(mock), &token).unwrap();
     run(&chain, RANGE);
-    assert_eq!(
-        *answer.lock().unwrap(),
-        Some(Err(RegisterError::FromCallback))
-    );
+    assert_eq!(*answer.lock().unwrap(), Some(Err(RegisterError::FromCallback)));
 }
 
 #[test]
@@ -611,11 +625,19 @@ fn test_recorder_when_events_differ_keeps_them_apart() {
     let summaries = chain.recorder().summaries();
     let of = |event| summaries.iter().find(|s| s.event == Some(event)).unwrap();
     assert_eq!(
-        (of(Event::Unmap).whole.count, of(Event::Unmap).refused, of(Event::Unmap).ends),
+        (
+            of(Event::Unmap).whole.count,
+            of(Event::Unmap).refused,
+            of(Event::Unmap).ends
+        ),
         (1, 0, 1)
     );
     assert_eq!(
-        (of(Event::Clear).whole.count, of(Event::Clear).refused, of(Event::Clear).ends),
+        (
+            of(Event::Clear).whole.count,
+            of(Event::Clear).refused,
+            of(Event::Clear).ends
+        ),
         (1, 1, 0)
     );
     assert_eq!(summaries.len(), 2);

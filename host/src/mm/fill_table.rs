@@ -59,7 +59,7 @@ struct Backoff(u32);
 impl Backoff {
     fn pause(&mut self) {
         self.0 += 1;
-        if self.0 % 100 == 0 {
+        if self.0.is_multiple_of(100) {
             std::thread::yield_now();
         } else {
             std::hint::spin_loop();

@@ -108,12 +108,13 @@ impl ActiveTable {
         let first_later = self.next_number.load(Ordering::Relaxed);
         for entry in &self.entries {
             self.freed.wait_for(token, "running invalidations to end", || {
-                match entry.number.load(Ordering::Acquire) {
-                    0 => Some(()),
-                    // Could be an earlier one. Its starter is between two stores; it notifies when it ends.
-                    CLAIMED => None,
-                    number => (number >= first_later).then_some(()),
+                let mut number = entry.number.load(Ordering::Acquire);
+                while number == CLAIMED {
+                    // Its starter is a few stores away from giving the number, and nobody is told of that.
+                    std::thread::yield_now();
+                    number = entry.number.load(Ordering::Acquire);
                 }
+                (number == 0 || number >= first_later).then_some(())
             });
         }
     }

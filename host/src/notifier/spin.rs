@@ -52,7 +52,7 @@ impl<T> SpinMutex<T> {
     /// Takes the lock. Bounded by the longest critical section plus scheduling delay.
     pub fn lock(&self) -> SpinGuard<'_, T> {
         let section = NonSleeping::enter();
-        let mut spins = 0;
+        let mut spins = 0u32;
         let guard = loop {
             match self.0.try_lock() {
                 Ok(guard) => break guard,
@@ -60,7 +60,7 @@ impl<T> SpinMutex<T> {
                 Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
                 Err(TryLockError::WouldBlock) => {
                     spins += 1;
-                    if spins % SPINS_PER_YIELD == 0 {
+                    if spins.is_multiple_of(SPINS_PER_YIELD) {
                         YIELDS.set(YIELDS.get() + 1);
                         std::thread::yield_now();
                     } else {

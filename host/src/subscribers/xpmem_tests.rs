@@ -167,12 +167,10 @@ fn test_s9_start_when_non_blockable_and_list_is_locked_refuses_instead_of_waitin
     let refused = chain.invalidate_range_start(range(BASE, END, false), Ctx::MaySleep(&token));
     assert!(refused.is_err());
     drop(peers);
-    drop(
-        chain
-            .invalidate_range_start(range(BASE, END, false), Ctx::MaySleep(&token))
-            .map(|started| chain.invalidate_range_end(started, Ctx::MaySleep(&token)))
-            .unwrap(),
-    );
+    let started = chain
+        .invalidate_range_start(range(BASE, END, false), Ctx::MaySleep(&token))
+        .unwrap();
+    chain.invalidate_range_end(started, Ctx::MaySleep(&token));
 }
 
 #[test]

@@ -18,9 +18,11 @@
 //! # The protocol of a fill (daemon side)
 //! 1. `cached[bucket]` is raised (once per page that is not yet in the daemon's own exact set).
 //! 2. `fence(SeqCst)`.
-//! 3. If `in_progress[bucket]` or `all_in_progress` is not zero: the fill is put off (invariant S1).
-//! 4. The generation is read (the tag of the fill), then the page is looked up, then the
-//!    translation is handed to the device. The device's kill bit covers what starts after step 3.
+//! 3. The generation is read (the tag of the fill). If `in_progress[bucket]` or `all_in_progress` is not
+//!    zero then: the fill is put off (invariant S1). In this order: a call that is in progress and not seen
+//!    has raised the generation later than it was read, so what is remembered under the tag cannot hide it.
+//! 4. The page is looked up, and the translation is handed to the device. The device's kill bit covers what
+//!    starts after step 3.
 //!
 //! Steps 1-3 of both sides are a Dekker pair: each side writes its word, fences, reads the other's.
 //!
