@@ -324,6 +324,9 @@ pub struct ApplicationArgs {
     /// One call in so many is preceded and followed by a probe.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub probe_every: u32,
+    /// One call in so many is aimed at a slot in use.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub aim_every: u32,
     /// Supervision.
     #[command(flatten)]
     pub supervised: Supervised,

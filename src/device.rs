@@ -60,7 +60,7 @@ fn config(args: &DeviceArgs) -> GruConfig {
     }
     let mut faults = FaultPlan {
         // Long enough for the next invalidation of that range to come, short enough to go on when none does.
-        limit: std::time::Duration::from_millis(60),
+        limit: std::time::Duration::from_millis(20),
         ..FaultPlan::default()
     };
     match args.delay {

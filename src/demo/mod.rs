@@ -224,12 +224,14 @@ fn peer_args(application: &Service, ready: &Value, socket: &Path) -> Result<Vec<
 }
 
 fn application_args(args: &DemoArgs, socket: &Path) -> Vec<OsString> {
-    let (raw_every, probe_every) = match args.break_check.or(args.delay) {
-        None => (3, 4),
+    let (raw_every, probe_every, aim_every) = match args.break_check.or(args.delay) {
+        None => (3, 4, 6),
         // While the safety net is delayed nothing can be filled: with many raw calls nothing would run.
-        Some(Fault::SafetyNet) => (24, 2),
-        // Each probe's own fill or store would be delayed as well.
-        Some(Fault::KillBit | Fault::Drain) => (3, 16),
+        Some(Fault::SafetyNet) => (24, 2, 6),
+        // The window is open for an instruction that is under way: aim there. The safety net's purges of
+        // everything would close most windows before the call that matters, and each probe's own fill or
+        // store is delayed as well.
+        Some(Fault::KillBit | Fault::Drain) => (100, 16, 2),
     };
     args![
         "application",
@@ -247,6 +249,8 @@ fn application_args(args: &DemoArgs, socket: &Path) -> Vec<OsString> {
         raw_every.to_string(),
         "--probe-every",
         probe_every.to_string(),
+        "--aim-every",
+        aim_every.to_string(),
     ]
 }
 

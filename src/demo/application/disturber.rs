@@ -46,6 +46,8 @@ pub struct Habits {
     pub raw_every: usize,
     /// One call in so many is preceded and followed by a probe.
     pub probe_every: usize,
+    /// One call in so many is aimed at a slot that a worker is using at that moment.
+    pub aim_every: usize,
     /// Fork now and then.
     pub fork: bool,
 }
@@ -104,7 +106,12 @@ impl<'a, C: Calls, E: Executor> Disturber<'a, C, E> {
     /// A call fails, or the device is gone.
     pub fn step(&mut self) -> Result<()> {
         self.arena.frames.release_due(false, &self.arena.oracles);
-        let index = self.mine[self.random.below(self.mine.len())];
+        let any = self.mine[self.random.below(self.mine.len())];
+        let used = match self.random.chance(1, self.habits.aim_every) {
+            true => self.arena.hot.used(self.random.below(64)),
+            false => None,
+        };
+        let index = used.filter(|slot| self.mine.contains(slot)).unwrap_or(any);
         let slot = &self.arena.slots[index];
         let path = if self.random.chance(1, self.habits.raw_every) {
             Path::Raw
@@ -276,7 +283,7 @@ impl<'a, C: Calls, E: Executor> Disturber<'a, C, E> {
         }
         for change in changes {
             change.slot.end(change.new, generation);
-            self.arena.hot.set(change.slot.index);
+            self.arena.hot.set_changed(change.slot.index);
         }
         Ok(())
     }

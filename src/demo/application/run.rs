@@ -122,6 +122,7 @@ fn compute(args: &ApplicationArgs, agent: &'static Agent, ends: [&Stop; 2]) -> R
     let habits = Habits {
         raw_every: args.raw_every as usize,
         probe_every: args.probe_every as usize,
+        aim_every: args.aim_every as usize,
         fork: true,
     };
     let mut disturbers = (0..threads)

@@ -175,23 +175,43 @@ impl Slot {
     }
 }
 
-/// The slot that each worker should look at next: one that has just been changed, where a stale translation
-/// would show at once.
+/// How workers and disturbers find each other: races happen where both are.
 #[derive(Debug)]
-pub struct Hot(Vec<AtomicU64>);
+pub struct Hot {
+    /// By worker: the slot that was changed last.
+    changed: Vec<AtomicU64>,
+    /// By worker: the slot it is computing in.
+    used: Vec<AtomicU64>,
+}
 
 impl Hot {
     /// For that many workers, who divide the slots by their number.
     pub fn new(workers: usize) -> Self {
-        Self((0..workers).map(|_| AtomicU64::new(NOTHING)).collect())
+        let nothing = || (0..workers).map(|_| AtomicU64::new(NOTHING)).collect();
+        Self {
+            changed: nothing(),
+            used: nothing(),
+        }
     }
     /// A slot has been changed.
-    pub fn set(&self, slot: usize) {
-        self.0[slot % self.0.len()].store(slot as u64, Ordering::Relaxed);
+    pub fn set_changed(&self, slot: usize) {
+        self.changed[slot % self.changed.len()].store(slot as u64, Ordering::Relaxed);
     }
-    /// The slot that was changed last among those of a worker.
-    pub fn get(&self, worker: usize) -> Option<usize> {
-        let slot = self.0[worker].load(Ordering::Relaxed);
+    /// The slot that was changed last among those of a worker: a stale translation would show there.
+    pub fn changed(&self, worker: usize) -> Option<usize> {
+        Self::get(&self.changed[worker])
+    }
+    /// A worker computes in a slot.
+    pub fn set_used(&self, worker: usize, slot: usize) {
+        self.used[worker].store(slot as u64, Ordering::Relaxed);
+    }
+    /// The slot that some worker computes in: an instruction is running there, or waits for a translation.
+    pub fn used(&self, worker: usize) -> Option<usize> {
+        Self::get(&self.used[worker % self.used.len()])
+    }
+
+    fn get(slot: &AtomicU64) -> Option<usize> {
+        let slot = slot.load(Ordering::Relaxed);
         (slot != NOTHING).then_some(slot as usize)
     }
 }

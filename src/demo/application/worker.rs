@@ -102,12 +102,13 @@ impl<'a, E: Executor> Worker<'a, E> {
     /// The device or the daemon is gone.
     pub fn step(&mut self) -> Result<(), Broken> {
         let any = self.mine[self.random.below(self.mine.len())];
-        let hot = self
+        let changed = self
             .arena
             .hot
-            .get(self.number)
+            .changed(self.number)
             .filter(|_| self.random.chance(1, 3));
-        let slot = &self.arena.slots[hot.unwrap_or(any)];
+        let slot = &self.arena.slots[changed.unwrap_or(any)];
+        self.arena.hot.set_used(self.number, slot.index);
         let other = &self.arena.slots[self.mine[self.random.below(self.mine.len())]];
         let plan = self.planner.draw(slot, other);
         self.run(plan)

@@ -40,6 +40,7 @@ fn habits(probe_every: usize) -> Habits {
     Habits {
         raw_every: 3,
         probe_every,
+        aim_every: 4,
         fork: true,
     }
 }
