@@ -122,7 +122,7 @@ fn test_targets(root: &Path) -> Vec<String> {
     names
 }
 
-fn root() -> anyhow::Result<PathBuf> {
+pub fn root() -> anyhow::Result<PathBuf> {
     let manifest = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     Ok(manifest
         .parent()
@@ -248,7 +248,7 @@ fn describe_machine() {
 }
 
 /// Long forms of the tests.
-pub fn soak(minutes: u64) -> anyhow::Result<bool> {
+pub fn soak(minutes: u64, fuzz_minutes: u64) -> anyhow::Result<bool> {
     let root = root()?;
     std::env::set_current_dir(&root).with_context(|| format!("entering {}", root.display()))?;
     let logs = root.join("target/xtask");
