@@ -5,3 +5,4 @@ pub mod fuzzing;
 pub mod gru;
 pub mod in_process;
 pub mod processes;
+pub mod qemu;

@@ -49,7 +49,11 @@ fn test_server_when_sessions_are_hostile_keeps_its_promises() {
     let statistics = sessions(&run("actions", 6_000, 95)).expect("a server starts");
     check("actions", &statistics);
     // A runner whose sessions get nowhere would find nothing either.
-    assert!(statistics.answers > 30, "only {} different answers", statistics.answers);
+    assert!(
+        statistics.answers > 30,
+        "only {} different answers",
+        statistics.answers
+    );
 }
 
 #[test]

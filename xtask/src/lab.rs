@@ -62,7 +62,9 @@ pub fn provide(root: &Path) -> anyhow::Result<Lab> {
                 Ok(()) => Ok(Lab::Qemu(wrapper)),
                 Err(why) => {
                     std::fs::remove_file(&wrapper).context("removing an unusable wrapper")?;
-                    Ok(Lab::Unavailable(format!("the QEMU of {BACKPORTS} does not do: {why}")))
+                    Ok(Lab::Unavailable(format!(
+                        "the QEMU of {BACKPORTS} does not do: {why}"
+                    )))
                 }
             }
         }
@@ -143,8 +145,14 @@ fn build(lab: &Path) -> anyhow::Result<()> {
 
     step(
         "1/3 root tree of Debian 13 (debootstrap, about 100 MB)",
-        Command::new("debootstrap")
-            .args(["--variant=minbase", &format!("--keyring={KEYRING}"), SUITE])
+        Command::new("timeout")
+            .args([
+                "1800",
+                "debootstrap",
+                "--variant=minbase",
+                &format!("--keyring={KEYRING}"),
+                SUITE,
+            ])
             .arg(&tree)
             .arg(&mirror),
         &log,
@@ -159,12 +167,23 @@ fn build(lab: &Path) -> anyhow::Result<()> {
     )
     .context("the tree's sources.list")?;
     // debootstrap has copied resolv.conf and hosts.
-    step("2/3 package lists of the backports", &mut inside(&tree, &["update", "-q"]), &log)?;
+    step(
+        "2/3 package lists of the backports",
+        &mut inside(&tree, &["update", "-q"]),
+        &log,
+    )?;
     step(
         "3/3 qemu-system-x86 of the backports (about 60 MB)",
         &mut inside(
             &tree,
-            &["install", "-qy", "--no-install-recommends", "-t", BACKPORTS, "qemu-system-x86"],
+            &[
+                "install",
+                "-qy",
+                "--no-install-recommends",
+                "-t",
+                BACKPORTS,
+                "qemu-system-x86",
+            ],
         ),
         &log,
     )?;
@@ -178,14 +197,18 @@ fn build(lab: &Path) -> anyhow::Result<()> {
 }
 
 fn inside(tree: &Path, apt_get: &[&str]) -> Command {
-    let mut command = Command::new("chroot");
+    let mut command = Command::new("timeout");
     command
+        .args(["1800", "chroot"])
         .arg(tree)
         .arg("apt-get")
         .args(apt_get)
         .env("DEBIAN_FRONTEND", "noninteractive")
         .env("LC_ALL", "C")
-        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+        .env(
+            "PATH",
+            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        );
     command
 }
 
@@ -236,7 +259,11 @@ fn write_wrapper(lab: &Path, wrapper: &Path) -> anyhow::Result<()> {
 /// The Debian archive that this system's own package sources name.
 fn mirror() -> anyhow::Result<String> {
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
-    for entry in std::fs::read_dir("/etc/apt/sources.list.d").into_iter().flatten().flatten() {
+    for entry in std::fs::read_dir("/etc/apt/sources.list.d")
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
         files.push(entry.path());
     }
     files.sort();
@@ -261,7 +288,9 @@ fn mirror() -> anyhow::Result<String> {
 /// The URI that has `codename` with the component `main`, in either format of apt's sources.
 fn archive_of(text: &str, codename: &str) -> Option<String> {
     for line in text.lines() {
-        let mut words = line.split_whitespace().filter(|w| !w.starts_with('[') && !w.ends_with(']'));
+        let mut words = line
+            .split_whitespace()
+            .filter(|w| !w.starts_with('[') && !w.ends_with(']'));
         if words.next() == Some("deb") {
             let (uri, suite) = (words.next()?, words.next()?);
             if suite == codename && words.any(|w| w == "main") {
@@ -276,7 +305,8 @@ fn archive_of(text: &str, codename: &str) -> Option<String> {
                 .filter(|l| !l.starts_with('#'))
                 .find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))
         };
-        let has = |name: &str, word: &str| field(name).is_some_and(|v| v.split_whitespace().any(|w| w == word));
+        let has =
+            |name: &str, word: &str| field(name).is_some_and(|v| v.split_whitespace().any(|w| w == word));
         if has("Types", "deb") && has("Suites", codename) && has("Components", "main") {
             return field("URIs")?.split_whitespace().next().map(str::to_owned);
         }
@@ -299,7 +329,10 @@ mod tests {
         let text = "Types: deb\n# http://old.example/x\nURIs: http://one.example/security\nSuites: bookworm-security\n\
                     Components: main\n\nTypes: deb\nURIs: http://two.example/debian\nSuites: bookworm bookworm-updates\n\
                     Components: main contrib\n";
-        assert_eq!(archive_of(text, "bookworm").as_deref(), Some("http://two.example/debian"));
+        assert_eq!(
+            archive_of(text, "bookworm").as_deref(),
+            Some("http://two.example/debian")
+        );
         assert_eq!(archive_of(text, "trixie"), None);
     }
 
@@ -307,6 +340,9 @@ mod tests {
     fn test_archive_when_in_one_line_format_is_the_one_with_main() {
         let text = "# deb http://no.example/debian bookworm main\ndeb-src http://src.example/debian bookworm main\n\
                     deb [arch=amd64 signed-by=/k.gpg] http://three.example/debian bookworm main non-free\n";
-        assert_eq!(archive_of(text, "bookworm").as_deref(), Some("http://three.example/debian"));
+        assert_eq!(
+            archive_of(text, "bookworm").as_deref(),
+            Some("http://three.example/debian")
+        );
     }
 }

@@ -168,5 +168,7 @@ fn worth_showing(line: &str) -> bool {
             || line.contains("warning")
             || line.contains("panicked")
             || line.contains("SKIP:")
+            || line.starts_with("fuzz ")
+            || line.starts_with("stat::")
             || line.starts_with("     Running"))
 }

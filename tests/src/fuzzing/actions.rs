@@ -132,7 +132,12 @@ pub enum Action {
     /// Any bytes.
     Bytes(Body),
     /// A header of any command with any body.
-    Message { command: u16, flags: u8, body: Body, files: Files },
+    Message {
+        command: u16,
+        flags: u8,
+        body: Body,
+        files: Files,
+    },
     /// A known command (number 1 to 19) with any body.
     Known { command: u8, body: Body, files: Files },
     /// VERSION with that JSON.
@@ -142,17 +147,35 @@ pub enum Action {
     /// REGION_READ.
     Read { place: Place, count: Count },
     /// REGION_WRITE.
-    Write { place: Place, count: Count, value: u64, posted: bool },
+    Write {
+        place: Place,
+        count: Count,
+        value: u64,
+        posted: bool,
+    },
     /// Several writes in one message.
     WriteMulti { count: u8, place: Place, value: u64 },
     /// DMA_MAP.
-    Map { page: u8, pages: u8, offset: u8, rights: u8, files: Files, odd: u8 },
+    Map {
+        page: u8,
+        pages: u8,
+        offset: u8,
+        rights: u8,
+        files: Files,
+        odd: u8,
+    },
     /// DMA_UNMAP.
     Unmap { page: u8, pages: u8, all: bool, odd: u8 },
     /// The model reads or writes client memory.
     Dma { store: bool, page: u8, within: u16 },
     /// DEVICE_SET_IRQS.
-    Irqs { flags: IrqFlags, index: u8, start: u8, count: u8, files: Files },
+    Irqs {
+        flags: IrqFlags,
+        index: u8,
+        start: u8,
+        count: u8,
+        files: Files,
+    },
     /// The model raises a vector.
     Raise(u8),
     /// DEVICE_RESET.
@@ -175,7 +198,12 @@ pub enum Json {
     /// None at all.
     None,
     /// Well formed.
-    Good { max_msg_fds: u32, max_data_xfer_size: u32, multi: bool, twin: bool },
+    Good {
+        max_msg_fds: u32,
+        max_data_xfer_size: u32,
+        multi: bool,
+        twin: bool,
+    },
     /// Any text.
     Text(Body),
     /// Nested this deep.
@@ -373,14 +401,20 @@ impl Json {
 /// A command with its body.
 #[must_use]
 pub fn frame(id: u16, command: Command, flags: MessageFlags, body: &[u8]) -> Vec<u8> {
-    let mut bytes = Header::command(id, command, body.len(), flags).as_bytes().to_vec();
+    let mut bytes = Header::command(id, command, body.len(), flags)
+        .as_bytes()
+        .to_vec();
     bytes.extend_from_slice(body);
     bytes
 }
 
 fn access(place: Place, count: u32, data: &[u8]) -> Vec<u8> {
     let (region, offset) = place.resolve();
-    let head = RegionAccess { offset, region, count };
+    let head = RegionAccess {
+        offset,
+        region,
+        count,
+    };
     [head.as_bytes(), data].concat()
 }
 
@@ -423,7 +457,11 @@ impl Action {
             } => {
                 let (count, len) = count.resolve();
                 let data: Vec<u8> = value.to_le_bytes().into_iter().cycle().take(len).collect();
-                let flags = if *posted { MessageFlags::NO_REPLY } else { MessageFlags::COMMAND };
+                let flags = if *posted {
+                    MessageFlags::NO_REPLY
+                } else {
+                    MessageFlags::COMMAND
+                };
                 let body = access(*place, count, &data);
                 (frame(id, Command::REGION_WRITE, flags, &body), None)
             }
@@ -452,10 +490,19 @@ impl Action {
                 };
                 (plain(Command::DMA_MAP, map.as_bytes()), files.resolve(1))
             }
-            Self::Unmap { page, pages, all, odd } => {
+            Self::Unmap {
+                page,
+                pages,
+                all,
+                odd,
+            } => {
                 let unmap = DmaUnmap {
                     argsz: 24,
-                    flags: if *all { DmaUnmapFlags::ALL } else { DmaUnmapFlags(u32::from(*odd / 200)) },
+                    flags: if *all {
+                        DmaUnmapFlags::ALL
+                    } else {
+                        DmaUnmapFlags(u32::from(*odd / 200))
+                    },
                     address: (u64::from(*page) << 12) + u64::from(*odd == 1),
                     size: match odd {
                         2 => u64::MAX,
@@ -485,7 +532,11 @@ impl Action {
                 (plain(Command::REGION_WRITE, &body), None)
             }
             Self::Reset => (plain(Command::DEVICE_RESET, &[]), None),
-            Self::Truncate(_) | Self::Drain(_) | Self::Pause(_) | Self::SecondClient | Self::Shutdown { .. } => {
+            Self::Truncate(_)
+            | Self::Drain(_)
+            | Self::Pause(_)
+            | Self::SecondClient
+            | Self::Shutdown { .. } => {
                 return None;
             }
         };
@@ -511,7 +562,14 @@ fn info(id: u16, which: u8, argsz: Argsz, index: u8) -> Vec<u8> {
     frame(id, command, MessageFlags::COMMAND, &body)
 }
 
-fn irqs(id: u16, flags: IrqFlags, index: u8, start: u8, count: u8, files: Files) -> (Vec<u8>, Option<(Kind, usize)>) {
+fn irqs(
+    id: u16,
+    flags: IrqFlags,
+    index: u8,
+    start: u8,
+    count: u8,
+    files: Files,
+) -> (Vec<u8>, Option<(Kind, usize)>) {
     let flags = match flags {
         IrqFlags::Pair(form, action) => (1 << (form % 3)) | (8 << (action % 3)),
         IrqFlags::Any(bits) => bits,
@@ -520,7 +578,11 @@ fn irqs(id: u16, flags: IrqFlags, index: u8, start: u8, count: u8, files: Files)
     let set = IrqSet {
         argsz: 20,
         flags: IrqSetFlags(flags),
-        index: if index < 200 { IrqIndex::MSIX } else { IrqIndex(u32::from(index) - 200) },
+        index: if index < 200 {
+            IrqIndex::MSIX
+        } else {
+            IrqIndex(u32::from(index) - 200)
+        },
         start: u32::from(start % 24),
         count,
     };

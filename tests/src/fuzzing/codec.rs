@@ -15,10 +15,16 @@ pub fn decode(bytes: &[u8]) {
         assert_eq!(header.as_bytes(), &bytes[..Header::SIZE]);
         let limit = 1 << 20;
         match header.payload_len(limit) {
-            Ok(len) => assert!(len + Header::SIZE <= limit && len + Header::SIZE == header.message_size as usize),
+            Ok(len) => {
+                assert!(len + Header::SIZE <= limit && len + Header::SIZE == header.message_size as usize)
+            }
             Err(_) => assert!(header.message_size < 16 || header.message_size as usize > limit),
         }
-        let _ = (header.flags.message_type(), header.no_reply(), header.command.to_string());
+        let _ = (
+            header.flags.message_type(),
+            header.no_reply(),
+            header.command.to_string(),
+        );
         assert_eq!(header.error_reply(22).message_size as usize, Header::SIZE);
         payload(rest);
     }
@@ -96,7 +102,12 @@ fn sparse(bytes: &[u8]) {
         .to_vec();
         encode_sparse_mmap(&areas, &mut out);
         let again = parse_sparse_mmap(&out).expect("what was encoded can be read");
-        let again: Vec<_> = again.areas.into_iter().flatten().map(|a| (a.offset, a.size)).collect();
+        let again: Vec<_> = again
+            .areas
+            .into_iter()
+            .flatten()
+            .map(|a| (a.offset, a.size))
+            .collect();
         assert_eq!(again, areas);
     }
 }

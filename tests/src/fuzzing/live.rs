@@ -120,8 +120,9 @@ impl Live {
     pub fn start() -> Result<Self, Violation> {
         let directory = tempfile::tempdir()?;
         let path = directory.path().join("fuzz.sock");
-        let function = Function::new(|context| Ok::<_, Infallible>(FuzzModel::new(context) as Arc<dyn Model>))
-            .map_err(|e| Violation(e.to_string()))?;
+        let function =
+            Function::new(|context| Ok::<_, Infallible>(FuzzModel::new(context) as Arc<dyn Model>))
+                .map_err(|e| Violation(e.to_string()))?;
         let options = ServerOptions {
             max_data_xfer_size: MAX_DATA,
             client_timeout: Duration::from_secs(10),
@@ -193,13 +194,21 @@ impl Live {
         ftruncate(&memory, MEMORY_PAGES << 12)?;
         let mut peer = Peer::connect(&self.path, session.serving)?;
         if session.version != Opening::Silent {
-            peer.send(&frame(0, Command::VERSION, MessageFlags::COMMAND, VERSION), &[], false)?;
+            peer.send(
+                &frame(0, Command::VERSION, MessageFlags::COMMAND, VERSION),
+                &[],
+                false,
+            )?;
             peer.await_answer(PATIENCE)?;
         }
         if matches!(session.version, Opening::Ready | Opening::ReadyToo) {
             // Command register: memory space, bus mastering.
             let body = [4, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 2, 0, 0, 0, 6, 0];
-            peer.send(&frame(1, Command::REGION_WRITE, MessageFlags::COMMAND, &body), &[], false)?;
+            peer.send(
+                &frame(1, Command::REGION_WRITE, MessageFlags::COMMAND, &body),
+                &[],
+                false,
+            )?;
             peer.await_answer(PATIENCE)?;
         }
         for (id, step) in (2..).zip(&session.steps) {
@@ -215,7 +224,11 @@ impl Live {
                 peer.drain_to_the_end(PATIENCE)?;
             }
             Ending::Abrupt => {}
-            Ending::Cut => peer.send(&frame(9, Command::REGION_READ, MessageFlags::COMMAND, &[])[..10], &[], false)?,
+            Ending::Cut => peer.send(
+                &frame(9, Command::REGION_READ, MessageFlags::COMMAND, &[])[..10],
+                &[],
+                false,
+            )?,
         }
         Ok(std::mem::take(&mut peer.seen))
     }
@@ -235,7 +248,11 @@ impl Live {
             }
             Action::SecondClient => {
                 let mut second = Peer::connect(&self.path, super::actions::Serving::Silent)?;
-                return second.send(&frame(0, Command::VERSION, MessageFlags::COMMAND, VERSION), &[], true);
+                return second.send(
+                    &frame(0, Command::VERSION, MessageFlags::COMMAND, VERSION),
+                    &[],
+                    true,
+                );
             }
             Action::Shutdown { write, rarely } => {
                 if *rarely < 16 {
@@ -250,9 +267,8 @@ impl Live {
             return Ok(());
         };
         let (mut bytes, files) = (wire.bytes, wire.files);
-        let fds: Vec<BorrowedFd<'_>> = files.map_or_else(Vec::new, |(kind, count)| {
-            vec![self.kit.get(kind, memory); count]
-        });
+        let fds: Vec<BorrowedFd<'_>> =
+            files.map_or_else(Vec::new, |(kind, count)| vec![self.kit.get(kind, memory); count]);
         let end = bytes.len();
         match step.delivery {
             Delivery::Whole => peer.send(&bytes, &fds, true),
@@ -321,13 +337,25 @@ impl Live {
             Ok(payload)
         };
         ask(0, Command::VERSION, VERSION)?;
-        let identity = ask(1, Command::REGION_READ, &[0, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 4, 0, 0, 0])?;
+        let identity = ask(
+            1,
+            Command::REGION_READ,
+            &[0, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 4, 0, 0, 0],
+        )?;
         if identity.get(16..18) != Some(&VENDOR.to_le_bytes()[..]) {
-            return Err(Violation(format!("a good client reads the identity {identity:x?}")));
+            return Err(Violation(format!(
+                "a good client reads the identity {identity:x?}"
+            )));
         }
-        let register = ask(2, Command::REGION_READ, &[4, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 2, 0, 0, 0])?;
+        let register = ask(
+            2,
+            Command::REGION_READ,
+            &[4, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 2, 0, 0, 0],
+        )?;
         if register.get(16..18) != Some(&[0, 0]) {
-            return Err(Violation(format!("the command register was not reset: {register:x?}")));
+            return Err(Violation(format!(
+                "the command register was not reset: {register:x?}"
+            )));
         }
         Ok(std::fs::read_dir("/proc/self/fd")?.count())
     }

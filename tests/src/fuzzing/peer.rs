@@ -34,7 +34,9 @@ pub(super) struct Peer {
 impl Peer {
     pub(super) fn connect(path: &Path, serving: Serving) -> Result<Self, Violation> {
         let socket = UnixStream::connect(path).map_err(|e| Violation(format!("cannot connect: {e}")))?;
-        socket.set_nonblocking(true).map_err(|e| Violation(e.to_string()))?;
+        socket
+            .set_nonblocking(true)
+            .map_err(|e| Violation(e.to_string()))?;
         Ok(Self {
             socket,
             received: Vec::new(),
@@ -52,7 +54,12 @@ impl Peer {
 
     /// Send; `fds` go with the first byte that this call sends. Reads what comes meanwhile if `reading`,
     /// gives up after 200 ms without progress.
-    pub(super) fn send(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>], reading: bool) -> Result<(), Violation> {
+    pub(super) fn send(
+        &mut self,
+        bytes: &[u8],
+        fds: &[BorrowedFd<'_>],
+        reading: bool,
+    ) -> Result<(), Violation> {
         let mut all = std::mem::take(&mut self.glued);
         all.extend_from_slice(bytes);
         let (mut rest, mut fds) = (&all[..], fds);
@@ -77,7 +84,11 @@ impl Peer {
                     if progress.elapsed() > Duration::from_millis(200) {
                         self.over = true;
                     }
-                    let events = if reading { PollFlags::IN | PollFlags::OUT } else { PollFlags::OUT };
+                    let events = if reading {
+                        PollFlags::IN | PollFlags::OUT
+                    } else {
+                        PollFlags::OUT
+                    };
                     self.wait(events, 20);
                 }
                 // The server has hung up (or this process has too many file descriptors in flight).
@@ -130,7 +141,9 @@ impl Peer {
         let deadline = Instant::now() + limit;
         while !self.over {
             if Instant::now() > deadline {
-                return Err(Violation(format!("the server has not hung up {limit:?} after the client did")));
+                return Err(Violation(format!(
+                    "the server has not hung up {limit:?} after the client did"
+                )));
             }
             self.wait(PollFlags::IN, 100);
             self.drain(usize::MAX)?;
