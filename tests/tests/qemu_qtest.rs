@@ -210,7 +210,7 @@ fn test_qemu_when_it_has_a_virtual_iommu_attaches_and_survives_translation_on_an
     use_the_gru(&mut qemu).unwrap();
     // VT-d registers: global command and status, root table. Table: everything of bus 0 maps nothing.
     let (command, status, root) = (0xfed9_0018, 0xfed9_001c, 0xfed9_0020);
-    let mut global = |qemu: &mut Qemu, value: u32, done: u32| {
+    let global = |qemu: &mut Qemu, value: u32, done: u32| {
         qemu.write32(command, value).unwrap();
         let now = qemu.read32(status).unwrap();
         assert_eq!(now & 0xc000_0000, done, "status {now:#x}");
@@ -279,6 +279,7 @@ fn test_qemu_when_the_device_process_is_killed_reads_all_ones_and_lives() {
 /// A server in this process around the trivial model, without MSI-X.
 struct Plain {
     path: PathBuf,
+    function: Arc<Function>,
     stop: StopFd,
     thread: Option<std::thread::JoinHandle<std::io::Result<()>>>,
     _directory: tempfile::TempDir,
@@ -292,12 +293,13 @@ impl Plain {
             Ok::<_, Infallible>(vfio_user_scratch::Scratch::build(context, false) as Arc<dyn Model>)
         })
         .unwrap();
-        let server = Server::bind(&path, function, ServerOptions::default()).unwrap();
+        let server = Server::bind(&path, Arc::clone(&function), ServerOptions::default()).unwrap();
         let stop = StopFd::new().unwrap();
         let for_thread = stop.clone();
         let thread = Some(std::thread::spawn(move || server.run(&for_thread)));
         Self {
             path,
+            function,
             stop,
             thread,
             _directory: directory,
@@ -313,6 +315,97 @@ impl Drop for Plain {
             ended.expect("the server panicked").expect("the server failed");
         }
     }
+}
+
+/// VT-d of a q35 machine (Intel's specification, section "Register Descriptions"): global command and
+/// status, root table address, context command; IOTLB registers where QEMU's ECAP says.
+const VTD: u64 = 0xfed9_0000;
+
+/// As a guest's driver maps an IOVA: second-level tables in guest memory, then an invalidation, which a
+/// virtual IOMMU with caching mode turns into DMA_MAP and DMA_UNMAP.
+struct Iommu;
+
+impl Iommu {
+    const ROOT: u64 = 0x10_0000;
+    const CONTEXT: u64 = 0x10_1000;
+    const LEVELS: [u64; 3] = [0x10_2000, 0x10_3000, 0x10_4000];
+
+    /// Tables of three levels for device 5 of bus 0, empty; translation on.
+    fn enable(qemu: &mut Qemu) -> Result<(), Gone> {
+        qemu.write64(Self::ROOT, Self::CONTEXT | 1)?;
+        let entry = Self::CONTEXT + (5 << 3) * 16;
+        qemu.write64(entry, Self::LEVELS[0] | 1)?;
+        // Domain 1, 39-bit addresses.
+        qemu.write64(entry + 8, 1 << 8 | 1)?;
+        qemu.write64(Self::LEVELS[0], Self::LEVELS[1] | 3)?;
+        qemu.write64(Self::LEVELS[1], Self::LEVELS[2] | 3)?;
+        qemu.write64(VTD + 0x20, Self::ROOT)?;
+        qemu.write32(VTD + 0x18, 1 << 30)?;
+        // Context cache, all of it.
+        qemu.write64(VTD + 0x28, 1 << 63 | 1 << 61)?;
+        qemu.write32(VTD + 0x18, 1 << 31)?;
+        assert_eq!(qemu.read32(VTD + 0x1c)? >> 30, 3);
+        Ok(())
+    }
+
+    /// One page: `None` = not mapped. The first 2 MiB of IOVAs are covered.
+    fn set(qemu: &mut Qemu, iova: u64, target: Option<u64>) -> Result<(), Gone> {
+        let entry = target.map_or(0, |address| address | 3);
+        qemu.write64(Self::LEVELS[2] + (iova >> 12) * 8, entry)?;
+        let offset = (qemu.read64(VTD + 0x10)? >> 8 & 0x3ff) * 16;
+        // IOTLB, all of it.
+        qemu.write64(VTD + offset + 8, 1 << 63 | 1 << 60)
+    }
+}
+
+#[test]
+fn test_qemu_when_its_virtual_iommu_maps_and_unmaps_an_iova_moves_what_dma_reaches() {
+    let program = qemu_or_skip!();
+    let server = Plain::start();
+    let arguments = [
+        "-device",
+        "intel-iommu,caching-mode=on",
+        "-device",
+        &device_argument(&server.path),
+    ];
+    let mut qemu = Qemu::start(&program, Memory::Shared, &strings(&arguments)).unwrap();
+    let (page_a, page_b) = (0x20_0000, 0x30_0000);
+    qemu.write64(page_a, 0xaaaa_aaaa_aaaa).unwrap();
+    qemu.write64(page_b, 0xbbbb_bbbb_bbbb).unwrap();
+    qemu.config_write(GRU, 0x10, BAR0 as u32).unwrap();
+    qemu.config_write(GRU, 0x14, 0).unwrap();
+    qemu.config_write16(GRU, 4, 6).unwrap();
+    let fetch = |qemu: &mut Qemu, iova: u64| {
+        qemu.write64(BAR0 + vfio_user_scratch::FETCH, iova).unwrap();
+        qemu.read64(BAR0).unwrap()
+    };
+    // Without translation an IOVA is an address of guest memory.
+    assert_eq!(fetch(&mut qemu, page_a), 0xaaaa_aaaa_aaaa);
+
+    Iommu::enable(&mut qemu).unwrap();
+    let iova = 0x5000;
+    assert_eq!(
+        fetch(&mut qemu, page_a),
+        u64::MAX,
+        "guest memory is still mapped one to one"
+    );
+    assert_eq!(fetch(&mut qemu, iova), u64::MAX);
+    for _ in 0..3 {
+        for (page, value) in [(page_a, 0xaaaa_aaaa_aaaa), (page_b, 0xbbbb_bbbb_bbbb)] {
+            Iommu::set(&mut qemu, iova, Some(page)).unwrap();
+            assert_eq!(fetch(&mut qemu, iova), value);
+            assert_eq!(server.function.dma().mappings().len(), 1);
+            Iommu::set(&mut qemu, iova, None).unwrap();
+            assert_eq!(fetch(&mut qemu, iova), u64::MAX);
+            assert_eq!(server.function.dma().mappings().len(), 0);
+        }
+    }
+    // Translation off, with a page mapped: covering unmaps, and memory comes back.
+    Iommu::set(&mut qemu, iova, Some(page_b)).unwrap();
+    qemu.write32(VTD + 0x18, 0).unwrap();
+    assert_eq!(fetch(&mut qemu, page_a), 0xaaaa_aaaa_aaaa);
+    assert_ne!(fetch(&mut qemu, iova), 0xbbbb_bbbb_bbbb);
+    assert!(!qemu.said().contains("command 3"), "{}", qemu.said());
 }
 
 const PORT: [&str; 2] = [
@@ -366,7 +459,7 @@ fn test_qemu_when_hot_unplugged_and_plugged_again_is_served_each_time() {
 fn test_device_when_qemu_unplugs_it_serves_the_next_qemu() {
     let program = qemu_or_skip!();
     let device = Device::start("poll");
-    for _ in 0..2 {
+    for round in 0..2 {
         let mut qemu = Qemu::start(&program, Memory::Shared, &strings(&PORT)).unwrap();
         plug(&mut qemu, &device.socket).unwrap();
         assert_eq!(qemu.config_read(PLUGGED, 0).unwrap(), ID);
@@ -381,9 +474,11 @@ fn test_device_when_qemu_unplugs_it_serves_the_next_qemu() {
                     said.contains("memory_region_del_subregion"),
                     "QEMU ended in another way than the known one: {gone}; {said}"
                 );
-                println!(
-                    "SKIP: re-plug of a device with MSI-X into the same QEMU: this QEMU aborts at the unplug"
-                );
+                if round == 0 {
+                    println!(
+                        "SKIP: re-plug of a device with MSI-X into the same QEMU: this QEMU aborts at the unplug"
+                    );
+                }
             }
         }
         drop(qemu);

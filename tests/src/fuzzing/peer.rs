@@ -193,7 +193,9 @@ impl Peer {
             }
             let bits = usize::BITS - len.leading_zeros();
             let kind = u32::from(header.flags.message_type() == MessageType::Command) << 16;
-            self.seen.insert((header.command.0, header.error | kind, bits));
+            // Unknown commands are all the same.
+            let command = header.command.name().map_or(u16::MAX, |_| header.command.0);
+            self.seen.insert((command, header.error | kind, bits));
             let message: Vec<u8> = self.received.drain(..Header::SIZE + len).collect();
             if header.flags.message_type() == MessageType::Command {
                 self.serve(&header, &message[Header::SIZE..]);
