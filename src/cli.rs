@@ -178,6 +178,9 @@ pub struct DemoArgs {
     /// The same delays as `--break`, with the check on: nothing may be found.
     #[arg(long, value_enum, value_name = "CHECK")]
     pub delay: Option<Fault>,
+    /// Without the attached process: then no invalidation has to wait for a subscriber that sleeps.
+    #[arg(long)]
+    pub no_peer: bool,
     /// Print the result as one JSON object on stdout (progress goes to stderr).
     #[arg(long)]
     pub json: bool,
@@ -315,6 +318,15 @@ pub struct ApplicationArgs {
     /// Memory.
     #[arg(long)]
     pub memory_mib: u64,
+    /// One call in so many is a raw system call.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub raw_every: u32,
+    /// One call in so many is preceded and followed by a probe.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub probe_every: u32,
+    /// One call in so many is aimed at a slot in use.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub aim_every: u32,
     /// Supervision.
     #[command(flatten)]
     pub supervised: Supervised,

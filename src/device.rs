@@ -58,7 +58,11 @@ fn config(args: &DeviceArgs) -> GruConfig {
         Some(DeviceFault::Drain) => broken.drain = true,
         None => {}
     }
-    let mut faults = FaultPlan::default();
+    let mut faults = FaultPlan {
+        // Long enough for the next invalidation of that range to come, short enough to go on when none does.
+        limit: std::time::Duration::from_millis(20),
+        ..FaultPlan::default()
+    };
     match args.delay {
         Some(DeviceFault::KillBit) => faults.dropin_delay = Some(FaultPlan::DROPIN_EVERY),
         Some(DeviceFault::Drain) => faults.drain_delay = Some(FaultPlan::DRAIN_EVERY),

@@ -12,7 +12,7 @@ use crate::supervise::Leftovers;
 
 /// How long the broken safety net leaves stale translations alive after the call has returned; with the
 /// check on, how long the call waits.
-const SAFETY_NET_DELAY: Duration = Duration::from_millis(5);
+const SAFETY_NET_DELAY: Duration = Duration::from_millis(10);
 /// Time between two picks of the reclaimer.
 const RECLAIM_PERIOD: Duration = Duration::from_millis(20);
 

@@ -143,9 +143,16 @@ impl Service {
     /// Tells it to end, and waits. A child that does not end is killed.
     ///
     /// # Errors
-    /// It cannot be waited for.
-    pub fn end(mut self) -> Result<ExitStatus> {
-        self.finish()
+    /// It did not end with exit code 0.
+    pub fn end_cleanly(mut self) -> Result<()> {
+        let status = self.finish()?;
+        if !status.success() {
+            bail!(
+                "the {} process did not end cleanly: {status}; see its message above",
+                self.name
+            );
+        }
+        Ok(())
     }
 
     fn finish(&mut self) -> Result<ExitStatus> {

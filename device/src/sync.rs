@@ -35,3 +35,24 @@ impl<T> UnsafeCell<T> {
         f(self.0.get())
     }
 }
+
+/// Orders everything before it against everything after it, as `fence(SeqCst)` does.
+///
+/// x86: compilers emit `mfence` for that fence; a locked operation on the stack orders the same (ordinary,
+/// write-back memory) at less than half the cost, which is most of an ATC hit (15 ns instead of 33 ns on
+/// an AMD EPYC; `examples/atc_hit.rs`). Linux' smp_mb() is the same instruction.
+#[inline(always)]
+#[cfg(all(target_arch = "x86_64", not(loom), not(miri)))]
+#[allow(unsafe_code)] // One instruction.
+pub(crate) fn full_fence() {
+    // SAFETY: the instruction writes back what it read, below the stack pointer, atomically: no value
+    // changes. The asm block clobbers memory for the compiler, so nothing is moved across it.
+    unsafe { std::arch::asm!("lock or dword ptr [rsp - 4], 0", options(nostack)) };
+}
+
+/// Orders everything before it against everything after it.
+#[inline(always)]
+#[cfg(any(not(target_arch = "x86_64"), loom, miri))]
+pub(crate) fn full_fence() {
+    fence(Ordering::SeqCst);
+}

@@ -67,8 +67,6 @@ pub enum Verdict {
 macro_rules! args {
     ($($arg:expr),* $(,)?) => { vec![$(OsString::from($arg)),*] };
 }
-pub(crate) use args;
-
 /// The value's name on the command line.
 pub(crate) fn name(value: impl ValueEnum) -> String {
     value
@@ -86,30 +84,20 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     host.expect("ready", START_LIMIT, stop)?;
     let mut application = Service::start("application", application_args(args, &host_socket))?;
     let ready = application.expect("ready", START_LIMIT, stop)?;
-    let address = |key: &str| {
-        ready[key]
-            .as_u64()
-            .with_context(|| format!("the application named no {key}"))
+    let mut peer = match args.no_peer {
+        true => None,
+        false => Some(Service::start(
+            "xpmem peer",
+            peer_args(&application, &ready, &host_socket)?,
+        )?),
     };
-    let mut peer = Service::start(
-        "xpmem peer",
-        args![
-            "peer",
-            "--socket",
-            &host_socket,
-            "--pid",
-            application.pid().to_string(),
-            "--start",
-            address("shared_start")?.to_string(),
-            "--end",
-            address("shared_end")?.to_string(),
-        ],
-    )?;
-    peer.expect("ready", START_LIMIT, stop)?;
+    if let Some(peer) = &mut peer {
+        peer.expect("ready", START_LIMIT, stop)?;
+    }
 
     let report = follow(args, &mut application, stop).with_context(|| {
-        let others = [&mut device, &mut host, &mut peer];
-        let ended: Vec<String> = others.into_iter().filter_map(Service::ended).collect();
+        let others = [&mut device, &mut host].into_iter().chain(&mut peer);
+        let ended: Vec<String> = others.filter_map(Service::ended).collect();
         if ended.is_empty() {
             "the run was cut short".to_owned()
         } else {
@@ -119,20 +107,20 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     let host_stats = inspect::daemon_stats(&host_socket)?;
     device.ask("stats")?;
     let device_stats = device.expect("stats", ANSWER_LIMIT, &Stop::new()?)?;
-    peer.ask("stats")?;
-    let peer_stats = peer.expect("stats", ANSWER_LIMIT, &Stop::new()?)?;
+    let peer_stats = match &mut peer {
+        None => Value::Null,
+        Some(peer) => {
+            peer.ask("stats")?;
+            peer.expect("stats", ANSWER_LIMIT, &Stop::new()?)?
+        }
+    };
 
     // The application first: while it is there, the others are in use.
-    for (what, service) in [
-        ("application", application),
-        ("xpmem peer", peer),
-        ("host daemon", host),
-        ("device", device),
-    ] {
-        let status = service.end()?;
-        if !status.success() {
-            bail!("the {what} did not end cleanly: {status}; see its message above");
-        }
+    for service in [peer, Some(application), Some(host), Some(device)]
+        .into_iter()
+        .flatten()
+    {
+        service.end_cleanly()?;
     }
     Ok(DemoResult {
         configuration: result::configuration(args),
@@ -215,7 +203,36 @@ fn host_args(args: &DemoArgs, dir: &Path, device: &Path, socket: &Path) -> Vec<O
     list
 }
 
+fn peer_args(application: &Service, ready: &Value, socket: &Path) -> Result<Vec<OsString>> {
+    let address = |key: &str| {
+        ready[key]
+            .as_u64()
+            .map(|a| a.to_string())
+            .with_context(|| format!("the application named no {key}"))
+    };
+    Ok(args![
+        "peer",
+        "--socket",
+        socket,
+        "--pid",
+        application.pid().to_string(),
+        "--start",
+        address("shared_start")?,
+        "--end",
+        address("shared_end")?,
+    ])
+}
+
 fn application_args(args: &DemoArgs, socket: &Path) -> Vec<OsString> {
+    let (raw_every, probe_every, aim_every) = match args.break_check.or(args.delay) {
+        None => (3, 4, 6),
+        // While the safety net is delayed nothing can be filled: with many raw calls nothing would run.
+        Some(Fault::SafetyNet) => (24, 2, 6),
+        // The window is open for an instruction that is under way: aim there. The safety net's purges of
+        // everything would close most windows before the call that matters, and each probe's own fill or
+        // store is delayed as well.
+        Some(Fault::KillBit | Fault::Drain) => (100, 16, 2),
+    };
     args![
         "application",
         "--socket",
@@ -228,6 +245,12 @@ fn application_args(args: &DemoArgs, socket: &Path) -> Vec<OsString> {
         args.seed.to_string(),
         "--memory-mib",
         args.memory_mib.to_string(),
+        "--raw-every",
+        raw_every.to_string(),
+        "--probe-every",
+        probe_every.to_string(),
+        "--aim-every",
+        aim_every.to_string(),
     ]
 }
 

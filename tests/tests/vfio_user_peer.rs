@@ -124,6 +124,7 @@ fn test_foreign_client_when_it_resets_and_leaves_the_next_one_attaches() {
     assert_eq!((read64(&mut client, 8), rig.model.resets()), (0, 1));
     client.shutdown().unwrap();
     drop(client);
-    assert_eq!(read64(&mut connect(&rig), 8), 0);
+    let mut next = connect(&rig);
+    assert_eq!(read64(&mut next, 8), 0);
     assert_eq!(rig.model.resets(), 2, "losing the client resets, too");
 }

@@ -187,8 +187,8 @@ fn test_clients_when_they_come_and_go_in_every_way_leave_no_file_descriptor() {
             drop(client);
             // In the middle of a message, with file descriptors that nobody asked for.
             let mut raw = Raw::negotiated(&rig.path);
-            raw.send_with_fds(1, Command::REGION_READ, &[], &vec![memory.as_fd(); 20]);
-            raw.send_with_fds(2, Command::DMA_MAP, &[0; 32], &vec![memory.as_fd(); 5]);
+            raw.send_with_fds(1, Command::REGION_READ, &[], &[memory.as_fd(); 20]);
+            raw.send_with_fds(2, Command::DMA_MAP, &[0; 32], &[memory.as_fd(); 5]);
             raw.expect_error(1, 22);
             raw.expect_error(2, 22);
             let frame = Raw::frame(3, Command::DMA_MAP, &[0; 32]);

@@ -18,7 +18,7 @@
 
 use std::sync::atomic::{AtomicU64 as Counter, Ordering as Relax};
 
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence, spin_loop, yield_now};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering, full_fence, spin_loop, yield_now};
 
 use super::reach::{Reach, Span, Ticket};
 use super::slot::{Entry, Found, Slot};
@@ -175,7 +175,7 @@ impl Core {
         if !self.checks.fence {
             return;
         }
-        fence(Ordering::SeqCst);
+        full_fence();
     }
 
     /// Look up; on a hit the engine is inside an access until [`Core::leave`].
@@ -471,7 +471,7 @@ impl Core {
 
     fn drain(&self, report: &mut PurgeReport, except: Option<usize>) {
         // After the clearing, before the epochs: see the head of the file.
-        fence(Ordering::SeqCst);
+        full_fence();
         for (engine, slot) in self.engines.iter().enumerate() {
             let epoch = slot.epoch.load(Ordering::Acquire);
             if epoch & 1 == 0 || except == Some(engine) {

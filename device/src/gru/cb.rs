@@ -23,7 +23,7 @@ impl Hardware {
                 continue;
             };
             for (logical, cbr) in physical_cbrs(context).enumerate() {
-                if inside.must_leave() {
+                if inside.must_leave() || self.pausing.load(Ordering::Relaxed) {
                     break;
                 }
                 if self.has_work(chiplet, (number, logical), cbr)
@@ -33,6 +33,16 @@ impl Hardware {
                 }
             }
         }
+    }
+
+    /// Whether a CB could be stepped by this engine.
+    pub(super) fn cb_waiting(&self, chiplet: &Chiplet) -> bool {
+        bits(u64::from(chiplet.active.load(Ordering::Acquire))).any(|number| {
+            let mut cbrs = physical_cbrs(&chiplet.contexts[number]).enumerate();
+            cbrs.any(|(logical, cbr)| {
+                self.has_work(chiplet, (number, logical), cbr) && chiplet.cbrs[cbr].try_lock().is_some()
+            })
+        })
     }
 
     fn has_work(&self, chiplet: &Chiplet, (number, logical): (usize, usize), cbr: usize) -> bool {

@@ -61,6 +61,12 @@ impl Hardware {
         finished
     }
 
+    /// Whether a command that had to wait may be finished now.
+    pub(super) fn cch_waiting(&self, chiplet: &Chiplet) -> bool {
+        let waiting = chiplet.pending_cch.load(Ordering::SeqCst);
+        bits(u64::from(waiting)).any(|context| chiplet.contexts[context].is_quiet())
+    }
+
     fn cch_try(
         &self,
         chiplet: &Chiplet,

@@ -30,6 +30,8 @@ pub struct GruStats {
     pub fills_killed: u64,
     /// TLBINV commands executed.
     pub tgh_purges: u64,
+    /// Engines that wait for a ring now.
+    pub engines_asleep: u32,
     /// Times that an engine went to sleep.
     pub parks: u64,
     /// Times that a store had to wake an engine.
@@ -56,6 +58,7 @@ pub(super) fn stats(hardware: &Hardware) -> GruStats {
         fills: counters.fills.get(),
         fills_killed: counters.fills_killed.get(),
         tgh_purges: counters.tgh_purges.get(),
+        engines_asleep: hardware.wake.asleep(),
         parks: hardware.wake.parks.load(Ordering::Relaxed),
         rings: hardware.wake.rings.load(Ordering::Relaxed),
         resets: hardware.wake.resets(),

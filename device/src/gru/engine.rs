@@ -67,10 +67,14 @@ pub(super) fn run(hardware: &Arc<Hardware>, mut bench: Bench) {
     let wake = &hardware.wake;
     let mut spin = Spin::new(hardware.config.spin);
     let mut passes = 0u32;
+    let mut full = true;
     wake.enter();
     while !wake.stopping() {
         passes = passes.wrapping_add(1);
-        if hardware.pass(&mut bench, passes % FULL_LOOK == 0) {
+        if hardware.pass(
+            &mut bench,
+            std::mem::take(&mut full) || passes.is_multiple_of(FULL_LOOK),
+        ) {
             spin.found();
             continue;
         }
@@ -78,16 +82,14 @@ pub(super) fn run(hardware: &Arc<Hardware>, mut bench: Bench) {
             continue;
         }
         wake.leave();
-        // Whoever stored before reading the lowered count did not ring.
-        if hardware.pass(&mut bench, true) {
-            wake.enter();
-            spin.found();
-            continue;
+        // Whoever stored before the count was lowered did not ring.
+        if !hardware.work_waits() {
+            wake.sleep(hardware.next_look());
         }
-        wake.sleep(hardware.next_look());
+        full = true;
         wake.enter();
     }
-    wake.leave();
+    wake.pass_on_stop();
 }
 
 impl Hardware {
@@ -116,6 +118,30 @@ impl Hardware {
             });
         }
         worked || steps > 0
+    }
+
+    /// Whether there is something that this engine could do: a look that changes nothing. What another engine is
+    /// doing right now does not count; it looks again by itself.
+    fn work_waits(&self) -> bool {
+        let _working = self
+            .quiesce
+            .read()
+            .expect("no thread dies while it resets the device");
+        self.chiplets.iter().any(|chiplet| {
+            self.tgh_waiting(chiplet)
+                || self.tfh_waiting(chiplet)
+                || self.cch_waiting(chiplet)
+                || self.cb_waiting(chiplet)
+        })
+    }
+
+    /// Around what may take long: the calling engine counts as asleep, so that a purge does not wait for it.
+    pub(super) fn while_away<T>(&self, long: impl FnOnce() -> T) -> T {
+        self.wake
+            .hand_over(|| self.chiplets.iter().any(|chiplet| self.tgh_waiting(chiplet)));
+        let result = long();
+        self.wake.enter();
+        result
     }
 
     fn flush_handles(&self) -> bool {

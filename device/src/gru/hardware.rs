@@ -1,6 +1,6 @@
 //! The state that connections and engines share.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
 use protos::gru::{cb, cbe, map};
@@ -31,6 +31,8 @@ pub(super) struct Hardware {
     pub(super) counters: Counters,
     /// Engines hold it for reading while they look and work; a reset takes it for writing.
     pub(super) quiesce: RwLock<()>,
+    /// Engines are to end their look after the step they are at.
+    pub(super) pausing: AtomicBool,
 }
 
 impl Hardware {
@@ -87,6 +89,7 @@ impl Hardware {
     /// or touched when this returns.
     pub(super) fn reset(&self) {
         self.interrupt_delays(true);
+        self.pausing.store(true, Ordering::SeqCst);
         let quiet = self.quiesce.write().expect("no engine dies while it works");
         for chiplet in &self.chiplets {
             *chiplet
@@ -119,6 +122,7 @@ impl Hardware {
             tracing::error!(%error, "device memory could not be cleared: registers keep old values");
         }
         self.wake.count_reset();
+        self.pausing.store(false, Ordering::SeqCst);
         self.interrupt_delays(false);
         drop(quiet);
         self.ring();

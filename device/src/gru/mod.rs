@@ -36,6 +36,7 @@ mod trapped;
 mod wake;
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -181,7 +182,13 @@ impl Gru {
         };
         let on_park = {
             let wake = Arc::clone(&wake);
-            Box::new(move |begins: bool| if begins { wake.engine_parks() } else { wake.enter() })
+            Box::new(move |begins: bool| {
+                if begins {
+                    wake.hand_over(|| true)
+                } else {
+                    wake.enter()
+                }
+            })
         };
         let parking = Parking::new(&plan, on_park);
         let chiplets: Vec<_> = (0..map::CHIPLETS)
@@ -206,6 +213,7 @@ impl Gru {
             trapped: trapped::Trapped::default(),
             counters: Counters::default(),
             quiesce: RwLock::new(()),
+            pausing: AtomicBool::new(false),
         });
         let gru = Arc::new(Self {
             hardware,
@@ -257,6 +265,7 @@ impl Gru {
 impl Drop for Gru {
     fn drop(&mut self) {
         self.hardware.interrupt_delays(true);
+        self.hardware.pausing.store(true, Ordering::SeqCst);
         self.hardware.wake.stop();
         for thread in self.threads().drain(..) {
             if thread.join().is_err() {

@@ -95,6 +95,15 @@ impl Hardware {
         worked
     }
 
+    /// Whether a TFH waits for an engine and is free.
+    pub(super) fn tfh_waiting(&self, chiplet: &Chiplet) -> bool {
+        chiplet.allocated_cbrs.iter().enumerate().any(|(half, map)| {
+            bits(map.load(Ordering::Acquire))
+                .map(|bit| half * 64 + bit)
+                .any(|cbr| self.tfh_commanded(chiplet, cbr) && chiplet.cbrs[cbr].try_lock().is_some())
+        })
+    }
+
     fn tfh_commanded(&self, chiplet: &Chiplet, cbr: usize) -> bool {
         let control = self
             .memory
@@ -251,7 +260,8 @@ impl Hardware {
         operands: &Operands,
     ) -> Result<(), Refusal> {
         let fill = operands.fill(chiplet, context, self.config.check_sizeavail)?;
-        let result = chiplet.atc.fill(cbr, fill);
+        // Populates pages and may wait for the IOVA map.
+        let result = self.while_away(|| chiplet.atc.fill(cbr, fill));
         match result {
             Ok(()) => {
                 self.counters.fills.bump();

@@ -64,6 +64,18 @@ impl Hardware {
         worked
     }
 
+    /// Whether a TGH waits for an engine.
+    pub(super) fn tgh_waiting(&self, chiplet: &Chiplet) -> bool {
+        let commanded = |handle| {
+            self.memory
+                .word(chiplet.tgh(handle) + tgh::CONTROL)
+                .load(Ordering::Relaxed)
+                & 1
+                != 0
+        };
+        (0..map::TGHS).any(commanded)
+    }
+
     fn tgh_claim(&self, chiplet: &Chiplet, handle: usize) -> bool {
         let bit = 1u32 << handle;
         if chiplet.tgh_claims.fetch_or(bit, Ordering::Acquire) & bit != 0 {

@@ -4,39 +4,35 @@
 //! before they sleep. Software stores its command, fences, and rings only if it reads 0. An engine lowers the
 //! count, fences, and looks once more before it sleeps. So one of the two sees the other.
 //!
-//! One sleeping engine, the listener, blocks on the doorbell's eventfd; the others sleep on a condition
-//! variable and are woken by engines only (a backlog, or an engine that is about to be stalled).
+//! Sleeping engines wait on one epoll instance that watches the doorbell's eventfd edge-triggered: a ring
+//! wakes exactly one of them, and the others go on listening. So an engine that is busy with something that may
+//! take long (a fill that populates pages, a park by the fault plan) just counts as asleep meanwhile.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
-use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 
 use protos::gru::pci;
 
 use super::memory::BarMemory;
-
-#[derive(Debug, Default)]
-struct Reserve {
-    /// Somebody blocks on the doorbell.
-    listener: bool,
-    /// Engines that sleep here.
-    sleeping: usize,
-    /// Wakes that nobody has taken yet.
-    wanted: usize,
-}
 
 /// Doorbell, `awake` word and sleeping engines.
 #[derive(Debug)]
 pub(super) struct Wake {
     status: BarMemory,
     doorbell: OwnedFd,
-    reserve: Mutex<Reserve>,
-    called: Condvar,
+    sleepers: OwnedFd,
+    sleeping: AtomicU32,
+    /// Engines awake. The published word is a copy that a client could spoil; it is written only under this
+    /// lock, so it never lags behind.
+    count: Mutex<u32>,
+    awake: AtomicU32,
     stop: AtomicBool,
+    resets: AtomicU32,
     pub(super) rings: AtomicU64,
     pub(super) parks: AtomicU64,
 }
@@ -47,12 +43,19 @@ impl Wake {
         status
             .word(pci::STATUS_OFFSET + pci::STATUS_MAGIC)
             .store(pci::STATUS_MAGIC_VALUE, Ordering::Release);
+        let doorbell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let sleepers = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        epoll::add(&sleepers, &doorbell, epoll::EventData::new_u64(0), flags)?;
         Ok(Self {
             status,
-            doorbell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-            reserve: Mutex::default(),
-            called: Condvar::new(),
+            doorbell,
+            sleepers,
+            sleeping: AtomicU32::new(0),
+            count: Mutex::new(0),
+            awake: AtomicU32::new(0),
             stop: AtomicBool::new(false),
+            resets: AtomicU32::new(0),
             rings: AtomicU64::new(0),
             parks: AtomicU64::new(0),
         })
@@ -68,133 +71,122 @@ impl Wake {
         self.doorbell.as_fd()
     }
 
-    fn awake(&self) -> &AtomicU32 {
-        self.status.word32(pci::STATUS_OFFSET + pci::STATUS_AWAKE)
+    fn change(&self, by: i32) {
+        let mut count = self.count.lock().expect("no thread dies while it counts engines");
+        *count = count
+            .checked_add_signed(by)
+            .expect("an engine leaves as often as it enters");
+        self.awake.store(*count, Ordering::SeqCst);
+        self.status
+            .word32(pci::STATUS_OFFSET + pci::STATUS_AWAKE)
+            .store(*count, Ordering::SeqCst);
+        drop(count);
+        fence(Ordering::SeqCst);
     }
 
     /// A reset is complete.
     pub(super) fn count_reset(&self) {
+        // The page as it should be, whatever the last client has done to it.
+        let magic = self.status.word(pci::STATUS_OFFSET + pci::STATUS_MAGIC);
+        magic.store(pci::STATUS_MAGIC_VALUE, Ordering::Release);
+        self.change(0);
+        let resets = self.resets.fetch_add(1, Ordering::SeqCst) + 1;
         self.status
             .word32(pci::STATUS_OFFSET + pci::STATUS_RESETS)
-            .fetch_add(1, Ordering::Release);
+            .store(resets, Ordering::Release);
     }
 
     /// Completed resets.
     pub(super) fn resets(&self) -> u32 {
-        self.status
-            .word32(pci::STATUS_OFFSET + pci::STATUS_RESETS)
-            .load(Ordering::Acquire)
+        self.resets.load(Ordering::SeqCst)
     }
 
     /// After a store: make sure that some engine sees it.
     pub(super) fn ring(&self) {
         fence(Ordering::SeqCst);
-        if self.awake().load(Ordering::SeqCst) == 0 {
+        if self.awake.load(Ordering::SeqCst) == 0 {
             self.rings.fetch_add(1, Ordering::Relaxed);
-            // EAGAIN means that the counter is full: then it is readable anyway.
-            let _ = rustix::io::write(&self.doorbell, &1u64.to_ne_bytes());
+            self.write_doorbell();
         }
     }
 
     /// The calling engine starts to look at device memory.
     pub(super) fn enter(&self) {
-        self.awake().fetch_add(1, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
+        self.change(1);
     }
 
     /// The calling engine will not look again (before [`Wake::enter`]); the caller looks once more after this.
     pub(super) fn leave(&self) {
-        let before = self.awake().fetch_sub(1, Ordering::SeqCst);
-        // The word is writable only in this process: clients map the page from a file, but the device trusts
-        // the count for nothing but rings.
-        if before == 0 {
-            self.awake().store(0, Ordering::SeqCst);
-        }
-        fence(Ordering::SeqCst);
+        self.change(-1);
+    }
+
+    /// Engines that wait for a ring.
+    pub(super) fn asleep(&self) -> u32 {
+        self.sleeping.load(Ordering::SeqCst)
     }
 
     /// Another engine than the calling one looks at device memory.
     pub(super) fn others_awake(&self) -> bool {
-        self.awake().load(Ordering::Relaxed) > 1
+        self.awake.load(Ordering::Relaxed) > 1
     }
 
-    /// The calling engine is about to be held inside an access by the fault plan, until its next
-    /// [`Wake::enter`]: somebody else takes over.
-    pub(super) fn engine_parks(&self) {
+    /// The calling engine will be busy for long, until its next [`Wake::enter`]: if `pending` says that
+    /// somebody stored without ringing (it saw us awake), another engine takes that over now.
+    pub(super) fn hand_over(&self, pending: impl FnOnce() -> bool) {
         self.leave();
-        self.call();
-    }
-
-    /// Wakes one more engine, if one sleeps: from the reserve, else the listener.
-    pub(super) fn call(&self) {
-        let mut reserve = self.lock();
-        if reserve.sleeping > reserve.wanted {
-            reserve.wanted += 1;
-            drop(reserve);
-            self.called.notify_one();
-        } else if reserve.sleeping == 0 && reserve.listener {
-            drop(reserve);
-            let _ = rustix::io::write(&self.doorbell, &1u64.to_ne_bytes());
+        if pending() {
+            self.call();
         }
     }
 
-    /// Sleeps until there may be work: the listener until the doorbell rings, the others until they are
-    /// called. `limit` (fault plans only) bounds the sleep.
+    /// Wakes one more engine, if one sleeps.
+    pub(super) fn call(&self) {
+        fence(Ordering::SeqCst);
+        if self.sleeping.load(Ordering::SeqCst) > 0 {
+            self.write_doorbell();
+        }
+    }
+
+    fn write_doorbell(&self) {
+        // EAGAIN means that the counter is full, which only a client can have done to its own doorbell.
+        let _ = rustix::io::write(&self.doorbell, &1u64.to_ne_bytes());
+    }
+
+    /// Sleeps until the doorbell rings, or `limit` (fault plans only) has passed. The caller has left, and has
+    /// looked once more since.
     pub(super) fn sleep(&self, limit: Option<Duration>) {
         self.parks.fetch_add(1, Ordering::Relaxed);
-        let mut reserve = self.lock();
-        if self.stopping() {
-            return;
+        self.sleeping.fetch_add(1, Ordering::SeqCst);
+        if !self.stopping() {
+            let timeout = limit.map(|limit| Timespec {
+                tv_sec: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: i64::from(limit.subsec_nanos()),
+            });
+            let mut events = [epoll::Event {
+                flags: epoll::EventFlags::empty(),
+                data: epoll::EventData::new_u64(0),
+            }];
+            // EINTR is a spurious wake.
+            let _ = epoll::wait(&self.sleepers, &mut events, timeout.as_ref());
+            // Keeps the counter low. A ring that is swallowed here is answered by the look that follows.
+            let _ = rustix::io::read(&self.doorbell, &mut [0; 8]);
         }
-        if reserve.listener {
-            reserve.sleeping += 1;
-            while reserve.wanted == 0 && !self.stopping() {
-                let died = "no thread dies inside the reserve";
-                let Some(limit) = limit else {
-                    reserve = self.called.wait(reserve).expect(died);
-                    continue;
-                };
-                let (again, timeout) = self.called.wait_timeout(reserve, limit).expect(died);
-                reserve = again;
-                if timeout.timed_out() {
-                    break;
-                }
-            }
-            reserve.sleeping -= 1;
-            reserve.wanted = reserve.wanted.saturating_sub(1);
-            return;
-        }
-        reserve.listener = true;
-        drop(reserve);
-        self.listen(limit);
-        self.lock().listener = false;
-    }
-
-    fn listen(&self, limit: Option<Duration>) {
-        let mut fds = [PollFd::new(&self.doorbell, PollFlags::IN)];
-        let timeout = limit.map(|limit| Timespec {
-            tv_sec: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: i64::from(limit.subsec_nanos()),
-        });
-        // EINTR is a spurious wake.
-        let _ = poll(&mut fds, timeout.as_ref());
-        let _ = rustix::io::read(&self.doorbell, &mut [0; 8]);
+        self.sleeping.fetch_sub(1, Ordering::SeqCst);
     }
 
     /// Ends all sleep for good.
     pub(super) fn stop(&self) {
-        let reserve = self.lock();
         self.stop.store(true, Ordering::SeqCst);
-        drop(reserve);
-        self.called.notify_all();
-        let _ = rustix::io::write(&self.doorbell, &1u64.to_ne_bytes());
+        self.write_doorbell();
+    }
+
+    /// The calling engine ends because of [`Wake::stop`]: the next one is woken.
+    pub(super) fn pass_on_stop(&self) {
+        self.leave();
+        self.write_doorbell();
     }
 
     pub(super) fn stopping(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Reserve> {
-        self.reserve.lock().expect("no thread dies inside the reserve")
     }
 }

@@ -115,9 +115,14 @@ impl Core {
         assert!(rung.is_ok(), "eventfd of this process: {rung:?}");
     }
 
+    /// Whether somebody has already found out that the device has ended. One load.
+    pub(crate) fn is_known_gone(&self) -> bool {
+        self.dead.load(Ordering::Acquire)
+    }
+
     /// Whether the device of `open` has ended: its process is gone, or it was reset since. Sticky.
     pub(crate) fn is_gone(&self) -> bool {
-        if self.dead.load(Ordering::Acquire) {
+        if self.is_known_gone() {
             return true;
         }
         let reset = self.window.resets().is_some_and(|r| r != self.resets_at_open);
@@ -227,6 +232,10 @@ impl Patience {
             self.spins += 1;
             spin_loop();
             return transport.is_some() && core.is_gone();
+        }
+        if core.is_known_gone() {
+            self.account(core);
+            return true;
         }
         let since = *self.since.get_or_insert_with(Instant::now);
         rustix::thread::sched_yield();

@@ -94,6 +94,9 @@ struct Running {
 
 /// Claims a handle and starts the operation; `None` when the device is gone.
 fn start(core: &Core, chiplet: usize, op: Operation) -> Option<Running> {
+    if core.is_known_gone() {
+        return None;
+    }
     let claims = &core.chiplets[chiplet].claims;
     let own = own_index();
     let mut patience = Patience::new(HandleKind::Tgh, chiplet, own);

@@ -20,6 +20,8 @@ mod flush;
 mod mapped;
 mod mm;
 mod stats;
+#[cfg(test)]
+mod tests;
 pub mod user;
 mod window;
 

@@ -5,6 +5,7 @@
 //! * [`disturber`] makes the [`calls`] that change mappings; [`worker`] runs a [`plan`] and judges it;
 //! * [`oracles`] keeps the record.
 
+mod arena;
 mod calls;
 mod context;
 mod disturber;
@@ -15,6 +16,7 @@ mod mapping;
 mod model;
 mod oracles;
 mod plan;
+mod probe;
 mod purgeable;
 mod random;
 pub mod report;

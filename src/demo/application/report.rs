@@ -17,6 +17,8 @@ pub struct Report {
     pub workers: WorkerCounts,
     /// The calls that changed mappings.
     pub calls: Vec<CallRow>,
+    /// Calls that were preceded and followed by a probe.
+    pub probes: u64,
     /// Forks.
     pub forks: u64,
     /// Voluntary context switches of the callers inside calls by the agent.

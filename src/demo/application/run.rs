@@ -8,15 +8,17 @@ use agent::{Agent, AttachOptions, ContextOptions, FaultMode};
 use anyhow::{Context as _, Result, anyhow};
 use serde_json::json;
 
+use super::arena::Arena;
 use super::context::{CONTROL_BLOCKS, Context};
 use super::disturber::{Disturber, DisturberCounts, Habits};
 use super::frames::{Frame, Frames, PAGE};
 use super::mapping::{self, Mapper};
 use super::oracles::Oracles;
+use super::probe::PROBE_DS_BYTES;
 use super::purgeable::{PURGEABLE_BYTES, Purgeable, PurgeableCounts};
 use super::random::Random;
 use super::report::{Report, calls_of};
-use super::slots::{Slot, layout};
+use super::slots::{Hot, Slot, layout};
 use super::worker::{Worker, WorkerCounts};
 use crate::cli::ApplicationArgs;
 use crate::stop::{self, Stop};
@@ -26,7 +28,7 @@ const QUARANTINE: Duration = Duration::from_millis(25);
 /// Time between two progress lines.
 const PROGRESS: Duration = Duration::from_millis(200);
 /// Longest pause of a disturber between two calls.
-const PAUSE_US: usize = 400;
+const PAUSE_US: usize = 1600;
 
 /// What the threads add to while they run.
 #[derive(Debug, Default)]
@@ -87,8 +89,14 @@ fn compute(args: &ApplicationArgs, agent: &'static Agent, ends: [&Stop; 2]) -> R
     let base = mapping::arena(4 * bytes, args.seed)?;
     let slots = layout(base, slot_pages);
     let arena_end = slots.last().map_or(base, |s| s.va + s.len());
-    let frames = Frames::new(alias, QUARANTINE);
-    for frame in stock(pages, &slots) {
+    let arena = Arena {
+        hot: Hot::new(args.threads as usize),
+        frames: Frames::new(alias, QUARANTINE),
+        oracles: Oracles::default(),
+        slots,
+    };
+    let (slots, frames, oracles) = (&arena.slots, &arena.frames, &arena.oracles);
+    for frame in stock(pages, slots) {
         frames.add(frame);
     }
 
@@ -98,28 +106,33 @@ fn compute(args: &ApplicationArgs, agent: &'static Agent, ends: [&Stop; 2]) -> R
     let mapper = Mapper::new(agent, &memory);
     map_purgeable(agent, &purgeable, purgeable_va)?;
 
-    let oracles = Oracles::default();
     let threads = args.threads as usize;
-    let mut contexts = Vec::new();
-    for _ in 0..threads {
+    let context = |ds_bytes| -> Result<Context> {
         let options = ContextOptions {
             cbs: CONTROL_BLOCKS,
-            ds_bytes: ds_bytes(threads),
+            ds_bytes,
             fault_mode: FaultMode::Interrupt,
         };
-        contexts.push(Context::new(agent.create_context(&options)?));
+        Ok(Context::new(agent.create_context(&options)?))
+    };
+    let mut contexts = Vec::new();
+    for _ in 0..threads {
+        contexts.push(context(ds_bytes(threads))?);
     }
     let habits = Habits {
-        raw: true,
+        raw_every: args.raw_every as usize,
+        probe_every: args.probe_every as usize,
+        aim_every: args.aim_every as usize,
         fork: true,
     };
-    let mut disturbers: Vec<_> = (0..threads)
+    let mut disturbers = (0..threads)
         .map(|n| {
             let mine = (0..slots.len()).filter(|i| i / 3 % threads == n).collect();
             let random = Random::new(args.seed, 1000 + n as u64);
-            Disturber::new(&slots, mine, &frames, &oracles, &mapper, habits, random)
+            let context = context(PROBE_DS_BYTES)?;
+            Ok(Disturber::new(&arena, mine, &mapper, context, habits, random))
         })
-        .collect();
+        .collect::<Result<Vec<_>>>()?;
     for disturber in &mut disturbers {
         disturber.populate().context("cannot map the demo's memory")?;
     }
@@ -148,9 +161,7 @@ fn compute(args: &ApplicationArgs, agent: &'static Agent, ends: [&Stop; 2]) -> R
             .into_iter()
             .enumerate()
             .map(|(n, context)| {
-                let mine = (0..slots.len()).filter(|i| i % threads == n).collect();
-                let seed = (args.seed, n as u64);
-                let worker = Worker::new(&slots, mine, &frames, &oracles, context, seed);
+                let worker = Worker::new(&arena, (n, threads), context, args.seed);
                 let area = (n == 0).then(|| {
                     Purgeable::new(
                         purgeable_va,
@@ -163,7 +174,7 @@ fn compute(args: &ApplicationArgs, agent: &'static Agent, ends: [&Stop; 2]) -> R
                 scope.spawn(move || work(worker, area, progress))
             })
             .collect();
-        watch(args, agent, ends, &progress, &oracles, start);
+        watch(args, agent, ends, &progress, oracles, start);
         for thread in disturbing {
             disturbed.merge(&thread.join().map_err(|_| anyhow!("a disturber panicked"))?);
         }
@@ -183,16 +194,17 @@ fn compute(args: &ApplicationArgs, agent: &'static Agent, ends: [&Stop; 2]) -> R
         return Err(error);
     }
     // Late writes would have landed by now: the device has no work any more.
-    frames.release_due(true, &oracles);
+    frames.release_due(true, oracles);
     Ok(Report {
         elapsed_ms: elapsed.as_millis() as u64,
         workers,
         calls: calls_of(&disturbed),
+        probes: disturbed.probes,
         forks: disturbed.forks,
         agent_call_voluntary_switches: disturbed.agent_call_switches,
         purgeable: purged,
         canary_pages_checked: frames.canaries_checked.load(Ordering::Relaxed),
-        oracles: (&oracles).into(),
+        oracles: oracles.into(),
         agent: serde_json::to_value(agent.stats())?,
     })
 }
@@ -207,9 +219,9 @@ fn map_purgeable(agent: &'static Agent, memory: &agent::Memory, va: u64) -> Resu
     Ok(())
 }
 
-/// Data segment of a worker: both chiplets have 32 KiB each, one context wants 8 KiB at most.
+/// Data segment of a worker: each chiplet has 32 KiB, of which the probes want 1 KiB a thread.
 fn ds_bytes(threads: usize) -> u32 {
-    (48 * 1024 / threads as u32 / 1024 * 1024).clamp(2048, 8192)
+    (40 * 1024 / threads as u32 / 1024 * 1024).clamp(2048, 8192)
 }
 
 /// Frames for the memory: one for each slot, and about as many again that are free or in quarantine.
@@ -295,13 +307,13 @@ fn work(
 }
 
 fn disturb(
-    mut disturber: Disturber<'_, Mapper<'_>>,
+    mut disturber: Disturber<'_, Mapper<'_>, Context>,
     mut random: Random,
     progress: &Progress,
 ) -> DisturberCounts {
     while !progress.ended() {
         if let Err(error) = disturber.step() {
-            progress.fail(anyhow::Error::new(error).context("a call that changes a mapping failed"));
+            progress.fail(error);
         }
         progress.calls.fetch_add(1, Ordering::Relaxed);
         // Pace only: leaves the workers time for results that can be judged strictly.
@@ -321,7 +333,7 @@ mod tests {
             let slots = layout(0x1000_0000_0000, pages * 11 / 20);
             let frames = stock(pages, &slots);
             assert!(
-                frames.len() > slots.len() * 3 / 2,
+                frames.len() > slots.len() * 5 / 4,
                 "{mib} MiB: spare frames for the quarantine"
             );
             let mut end = 0;

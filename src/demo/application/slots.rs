@@ -175,6 +175,47 @@ impl Slot {
     }
 }
 
+/// How workers and disturbers find each other: races happen where both are.
+#[derive(Debug)]
+pub struct Hot {
+    /// By worker: the slot that was changed last.
+    changed: Vec<AtomicU64>,
+    /// By worker: the slot it is computing in.
+    used: Vec<AtomicU64>,
+}
+
+impl Hot {
+    /// For that many workers, who divide the slots by their number.
+    pub fn new(workers: usize) -> Self {
+        let nothing = || (0..workers).map(|_| AtomicU64::new(NOTHING)).collect();
+        Self {
+            changed: nothing(),
+            used: nothing(),
+        }
+    }
+    /// A slot has been changed.
+    pub fn set_changed(&self, slot: usize) {
+        self.changed[slot % self.changed.len()].store(slot as u64, Ordering::Relaxed);
+    }
+    /// The slot that was changed last among those of a worker: a stale translation would show there.
+    pub fn changed(&self, worker: usize) -> Option<usize> {
+        Self::get(&self.changed[worker])
+    }
+    /// A worker computes in a slot.
+    pub fn set_used(&self, worker: usize, slot: usize) {
+        self.used[worker].store(slot as u64, Ordering::Relaxed);
+    }
+    /// The slot that some worker computes in: an instruction is running there, or waits for a translation.
+    pub fn used(&self, worker: usize) -> Option<usize> {
+        Self::get(&self.used[worker % self.used.len()])
+    }
+
+    fn get(slot: &AtomicU64) -> Option<usize> {
+        let slot = slot.load(Ordering::Relaxed);
+        (slot != NOTHING).then_some(slot as usize)
+    }
+}
+
 /// Sizes of the slots, in pages, repeated over the arena: mostly 256 KiB, some single pages whose
 /// neighbours stay mapped, some that a 2 MiB translation covers.
 const PATTERN: [usize; 12] = [64, 64, 1, 64, 4, 64, 512, 64, 1, 64, 16, 64];

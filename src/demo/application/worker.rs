@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use protos::gru::cbe::ecause;
 
+use super::arena::Arena;
 use super::executor::{Broken, Executor, Outcome};
-use super::frames::Frames;
-use super::oracles::{Oracle, Oracles, Violation};
+use super::oracles::{Oracle, Violation};
 use super::plan::{Need, New, Place, Plan, Planner, Result as Where};
 use super::random::Random;
 use super::slots::{Slot, View};
@@ -49,11 +49,10 @@ impl WorkerCounts {
 /// One worker thread.
 #[derive(Debug)]
 pub struct Worker<'a, E> {
-    /// All slots; this worker computes in `mine` only.
-    slots: &'a [Slot],
+    arena: &'a Arena<'a>,
+    /// Slots that no other worker computes in.
     mine: Vec<usize>,
-    frames: &'a Frames<'a>,
-    oracles: &'a Oracles,
+    number: usize,
     executor: E,
     planner: Planner,
     random: Random,
@@ -75,25 +74,19 @@ impl Views {
 }
 
 impl<'a, E: Executor> Worker<'a, E> {
-    /// A worker on the slots `mine`: no other worker may use them, or contents could not be judged.
-    pub fn new(
-        slots: &'a [Slot],
-        mine: Vec<usize>,
-        frames: &'a Frames<'a>,
-        oracles: &'a Oracles,
-        executor: E,
-        seed: (u64, u64),
-    ) -> Self {
+    /// Worker `number` of `workers`: it has each `workers`-th slot to itself (with two workers in one slot
+    /// contents could not be judged).
+    pub fn new(arena: &'a Arena<'a>, (number, workers): (usize, usize), executor: E, seed: u64) -> Self {
+        let mine: Vec<usize> = (0..arena.slots.len()).filter(|i| i % workers == number).collect();
         assert!(!mine.is_empty(), "a worker needs a slot");
-        let planner = Planner::new(Random::new(seed.0, seed.1), executor.ds_bytes());
+        let planner = Planner::new(Random::new(seed, number as u64), executor.ds_bytes());
         Self {
-            slots,
+            arena,
             mine,
-            frames,
-            oracles,
+            number,
             executor,
             planner,
-            random: Random::new(seed.0, !seed.1),
+            random: Random::new(seed, !(number as u64)),
             counts: WorkerCounts::default(),
         }
     }
@@ -108,8 +101,15 @@ impl<'a, E: Executor> Worker<'a, E> {
     /// # Errors
     /// The device or the daemon is gone.
     pub fn step(&mut self) -> Result<(), Broken> {
-        let slot = &self.slots[self.mine[self.random.below(self.mine.len())]];
-        let other = &self.slots[self.mine[self.random.below(self.mine.len())]];
+        let any = self.mine[self.random.below(self.mine.len())];
+        let changed = self
+            .arena
+            .hot
+            .changed(self.number)
+            .filter(|_| self.random.chance(1, 3));
+        let slot = &self.arena.slots[changed.unwrap_or(any)];
+        self.arena.hot.set_used(self.number, slot.index);
+        let other = &self.arena.slots[self.mine[self.random.below(self.mine.len())]];
         let plan = self.planner.draw(slot, other);
         self.run(plan)
     }
@@ -118,7 +118,7 @@ impl<'a, E: Executor> Worker<'a, E> {
         let views = |plan: &Plan| -> Vec<View> {
             plan.slots
                 .iter()
-                .map(|o| self.slots[o.slot].view_again())
+                .map(|o| self.arena.slots[o.slot].view_again())
                 .collect()
         };
         let before = views(&plan);
@@ -151,7 +151,7 @@ impl<'a, E: Executor> Worker<'a, E> {
             before,
             after: moved_to,
         };
-        let still = views_again(self.slots, &plan);
+        let still = views_again(&self.arena.slots, &plan);
 
         self.counts.operations += 1;
         *self.counts.by_instruction.entry(plan.name.into()).or_default() += 1;
@@ -183,15 +183,15 @@ impl<'a, E: Executor> Worker<'a, E> {
             .map(|p| {
                 views[p.operand]
                     .mapping
-                    .map(|m| self.frames.word(m.frame, p.word))
+                    .map(|m| self.arena.frames.word(m.frame, p.word))
             })
             .collect()
     }
 
     fn report(&self, oracle: Oracle, plan: &Plan, place: Option<Place>, what: String) {
         let place = place.unwrap_or(Place { operand: 0, word: 0 });
-        let slot = &self.slots[plan.slots[place.operand].slot];
-        self.oracles.report(Violation {
+        let slot = &self.arena.slots[plan.slots[place.operand].slot];
+        self.arena.oracles.report(Violation {
             oracle,
             slot: slot.index,
             va: slot.va + place.word as u64 * 8,

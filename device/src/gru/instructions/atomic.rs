@@ -53,7 +53,7 @@ impl Operation {
 
     fn word_bytes(&self) -> Result<u64, Stop> {
         match self.element_bytes()? {
-            bytes @ (4 | 8) if self.baddr0 % bytes == 0 => Ok(bytes),
+            bytes @ (4 | 8) if self.baddr0.is_multiple_of(bytes) => Ok(bytes),
             _ => Err(Stop::INVALID),
         }
     }

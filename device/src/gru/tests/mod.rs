@@ -260,7 +260,7 @@ impl Rig {
         let asid = u64::from(ASID + 8 * context as u32);
         self.trap_store(at + cch::CBR_MAP, cbr_map);
         for pair in 0..4 {
-            let two = asid + 2 * pair | (asid + 2 * pair + 1) << 32;
+            let two = (asid + 2 * pair) | ((asid + 2 * pair + 1) << 32);
             self.trap_store(at + cch::ASID + 8 * pair, two);
         }
         for four in 0..2 {
@@ -529,7 +529,7 @@ impl Rig {
     /// CPU time of this device's engine threads.
     fn engine_cpu(&self) -> Duration {
         let threads = self.gru.threads();
-        threads.iter().map(|thread| thread_cpu(thread)).sum()
+        threads.iter().map(thread_cpu).sum()
     }
 
     /// Interrupts of a vector since the last look.

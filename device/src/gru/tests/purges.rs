@@ -230,7 +230,7 @@ fn test_s2_purge_when_copies_run_waits_for_them() {
             });
             let poison = vec![0xee; (pages * PAGE) as usize];
             for round in 1..200u64 {
-                let (old, new) = ((round - 1) % 2 << 19, round % 2 << 19);
+                let (old, new) = (((round - 1) % 2) << 19, (round % 2) << 19);
                 // As an invalidation does: first nobody can look it up, then purge, then move.
                 (0..pages).for_each(|page| rig.map_page(ASID, VA + page * PAGE, new + page * PAGE, true));
                 rig.purge(0, ASID, VA, pages);
