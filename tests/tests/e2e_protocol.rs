@@ -134,7 +134,7 @@ fn sessions_come_and_go() {
         drop(peer);
         daemon.stats_until("the peer leaves", |s| s["sessions"][0]["xpmem"]["peers"] == 0);
         drop(peer_fds);
-        if n % 2 == 0 {
+        if n.is_multiple_of(2) {
             client.send(b"{\"request\":", &[memory.as_fd()]).unwrap();
         }
         drop((client, fds));
