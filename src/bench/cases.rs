@@ -59,13 +59,15 @@ impl Case {
     }
 }
 
-/// Whether a cell of the table is measured: 1 GiB takes most of the time and is measured where it says
-/// something (how the cost grows with the range).
+/// Whether a cell of the table is measured: large ranges take most of the time and are measured where they
+/// say something (how the cost grows with the range).
 pub fn wanted(size: usize, case: Case, quick: bool) -> bool {
-    if quick {
-        return size <= 2 << 20;
+    match size {
+        _ if quick => size <= 2 << 20,
+        0..=0x20_0000 => true,
+        0x20_0001..=0x400_0000 => !matches!(case, Case::AgentUnregistered | Case::AgentSleeping),
+        _ => case == Case::AgentSilent,
     }
-    size < 1 << 30 || matches!(case, Case::AgentSilent)
 }
 
 /// ABBA blocks of a cell.

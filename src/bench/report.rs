@@ -58,8 +58,9 @@ impl BenchResult {
         }
     }
 
-    /// What each further MiB of the range costs beyond munmap itself, by mode: between the smallest and the
-    /// largest range of the case without live translations.
+    /// What each further MiB of the range costs beyond munmap itself, by mode: between the smallest range and
+    /// the largest one up to 64 MiB of the case without live translations. (Beyond that the agent may leave
+    /// a range to the event path instead of unregistering it.)
     fn slopes(&self) -> Vec<(UffdMode, f64)> {
         [UffdMode::Wp, UffdMode::Missing]
             .into_iter()
@@ -68,6 +69,7 @@ impl BenchResult {
                     .rows
                     .iter()
                     .filter(|r| r.uffd_mode == mode && r.case == Case::AgentSilent)
+                    .filter(|r| r.size_bytes <= 64 << 20)
                     .collect();
                 let small = rows.iter().min_by_key(|r| r.size_bytes)?;
                 let large = rows.iter().max_by_key(|r| r.size_bytes)?;
