@@ -130,7 +130,7 @@ fn test_s1_read_begin_when_invalidation_runs_sleeps_until_it_has_ended() {
             assert!(ended.load(Ordering::SeqCst));
             assert!(!interval.lock(&token).read_retry(sequence));
         });
-        while set.waiting_readers() == 0 {
+        while set.waiting_readers() == 0 && !reader.is_finished() {
             std::thread::yield_now();
         }
         assert!(!reader.is_finished());

@@ -77,6 +77,113 @@ fn random(state: &mut u64) -> u64 {
     z ^ (z >> 31)
 }
 
+fn open_fds() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+fn threads() -> usize {
+    std::fs::read_dir("/proc/self/task").unwrap().count()
+}
+
+/// In a process of its own, so that nothing else opens or closes descriptors: sessions that come and go, in
+/// good order and in bad, leave neither descriptors nor threads nor mappings of the table.
+fn sessions_come_and_go() {
+    let memory = memfd(1 << 20);
+    // The first one makes what a process has once and keeps (the socket pair behind signal handling).
+    Daemon::start(in_process_device().0, |_| {}).stop().unwrap();
+    let before = open_fds();
+    let daemon = Daemon::start(in_process_device().0, |_| {});
+    let round = |n: usize| {
+        let (client, fds) = attach(&daemon, "round");
+        let (reply, _) = client.request(&Request::AddMemory { len: 1 << 20 }, &[memory.as_fd()]);
+        assert!(matches!(reply, Reply::Memory { .. }), "{reply:?}");
+        for _ in 0..3 {
+            let create = Request::CreateContext {
+                pid: None,
+                cbs: 2,
+                ds_bytes: 1024,
+                fault_mode: FaultMode::Interrupt,
+            };
+            let (reply, _) = client.request(&create, &[]);
+            assert!(matches!(reply, Reply::Context { .. }), "{reply:?}");
+        }
+        let peer = Client::connect(&daemon.socket);
+        let (reply, peer_fds) = peer.request(
+            &Request::AttachPeer {
+                version: VERSION,
+                pid: std::process::id(),
+                start: 0x1000,
+                end: 0x2000,
+            },
+            &[],
+        );
+        assert!(matches!(reply, Reply::PeerAttached { .. }), "{reply:?}");
+        assert_eq!(
+            peer.refused(&Request::PeerResolve { va: 0x1000 }, &[]),
+            libc::EFAULT
+        );
+        assert_eq!(
+            peer.refused(&Request::PeerResolve { va: 0x1001 }, &[]),
+            libc::EFAULT
+        );
+        assert_eq!(
+            peer.refused(&Request::PeerResolve { va: 0x2000 }, &[]),
+            libc::EFAULT
+        );
+        // The peer leaves first: a peer that does not answer the session's end would be fenced.
+        drop(peer);
+        daemon.stats_until("the peer leaves", |s| s["sessions"][0]["xpmem"]["peers"] == 0);
+        drop(peer_fds);
+        if n % 2 == 0 {
+            client.send(b"{\"request\":", &[memory.as_fd()]).unwrap();
+        }
+        drop((client, fds));
+        daemon.wait_clean();
+    };
+    (0..20).for_each(round);
+    // While the daemon runs: connections keep a few descriptors for a moment, sessions keep nothing.
+    let links = std::fs::read_dir("/proc/self/fd").unwrap();
+    let links = links.filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok());
+    let left: Vec<_> = links
+        .filter(|l| l.to_string_lossy().contains("userfaultfd"))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    assert!(
+        !maps.contains("tlbridge-table"),
+        "a session's table is still mapped:\n{maps}"
+    );
+    assert!(threads() < 30, "{} threads", threads());
+    let names = std::fs::read_dir("/proc/self/task")
+        .unwrap()
+        .map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).unwrap_or_default());
+    let left: Vec<_> = names
+        .filter(|n| n.starts_with("uffd-") || n.starts_with("mailbox-"))
+        .collect();
+    assert!(left.is_empty(), "session threads are left: {left:?}");
+    daemon.stop().unwrap();
+    assert_eq!(
+        open_fds(),
+        before,
+        "descriptors after 20 sessions, and before the first"
+    );
+}
+
+/// Not a test by itself: what a child process of this binary does.
+#[test]
+fn role_entry() {
+    match e2e::role().as_ref().map(|(role, _)| role.as_str()) {
+        Some("come_and_go") => sessions_come_and_go(),
+        Some(other) => panic!("no role {other}"),
+        None => {}
+    }
+}
+
+#[test]
+fn test_sessions_when_they_come_and_go_leave_no_descriptor_and_no_thread() {
+    e2e::Role::start("role_entry", "come_and_go", std::path::Path::new("-")).wait_ok();
+}
+
 #[test]
 fn test_daemon_when_sent_garbage_answers_errors_and_keeps_nothing() {
     let daemon = Daemon::start(in_process_device().0, |_| {});

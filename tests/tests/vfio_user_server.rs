@@ -366,7 +366,7 @@ fn answer_version(answer: Vec<u8>) -> ConnectError {
             let _ = stream.read_to_end(&mut Vec::new());
         });
         let options = ClientOptions {
-            reply_timeout: Some(Duration::from_millis(300)),
+            reply_timeout: Some(Duration::from_millis(1500)),
         };
         VfioUserClient::connect_with(&path, options).unwrap_err()
     })
@@ -465,7 +465,7 @@ fn test_connect_when_the_answer_is_wrong_says_what() {
 fn test_call_when_no_reply_comes_times_out_and_the_client_is_dead() {
     let rig = Rig::start();
     let options = ClientOptions {
-        reply_timeout: Some(Duration::from_millis(200)),
+        reply_timeout: Some(Duration::from_millis(1500)),
     };
     let client = VfioUserClient::connect_with(&rig.path, options).unwrap();
     enable(&client);

@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use protos::vfio_user::{Capabilities, Header, MessageType};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use zerocopy::IntoBytes;
 
 use super::ServerOptions;
-use super::dispatch::{Payload, Refusal, ReplyFds};
+use super::dispatch::{Refusal, ReplyBuffer, ReplyFds};
 use super::frame::{self, Ended, Fds, MAX_FDS};
 use crate::pci::Function;
 
@@ -32,7 +33,7 @@ pub(super) struct Connection<'f> {
     stopping: &'f AtomicBool,
     /// The body being read: grows to the largest message seen, which is bounded.
     body: Vec<u8>,
-    reply: Payload,
+    reply: ReplyBuffer,
     fds: Fds,
     refusals: u64,
 }
@@ -53,7 +54,7 @@ impl<'f> Connection<'f> {
             },
             stopping,
             body: Vec::new(),
-            reply: Payload::default(),
+            reply: ReplyBuffer::default(),
             fds: Fds::default(),
             refusals: 0,
         }
@@ -93,12 +94,7 @@ impl<'f> Connection<'f> {
             Ok(len) => len,
             Err(error) => {
                 // Where the next message starts is unknown (or very far away): answer, then hang up.
-                frame::send(
-                    &self.socket,
-                    &header.error_reply(Errno::MSGSIZE.raw_os_error() as u32),
-                    &[],
-                    &[],
-                )?;
+                self.send_error(&header, Errno::MSGSIZE)?;
                 return Err(error.into());
             }
         };
@@ -124,28 +120,33 @@ impl<'f> Connection<'f> {
         match outcome {
             Err(refusal) => {
                 self.log_refusal(&header, &refusal);
-                if header.no_reply() {
-                    return Ok(());
-                }
-                let errno = refusal.errno().raw_os_error();
-                // 0 would read as success, and a negative one as nonsense.
-                let errno = u32::try_from(errno).ok().filter(|errno| *errno != 0).unwrap_or(5);
-                frame::send(&self.socket, &header.error_reply(errno), &[], &[])
+                self.send_error(&header, refusal.errno())
             }
             Ok(_) if header.no_reply() => Ok(()),
             Ok(fds) => {
-                let payload = self.reply.bytes();
-                let header = header.reply(payload.len());
+                let message = self.reply.finish(&header);
                 match fds {
-                    ReplyFds::None => frame::send(&self.socket, &header, payload, &[]),
-                    ReplyFds::Region(fd) => frame::send(&self.socket, &header, payload, &[fd]),
+                    ReplyFds::None => frame::send_message(&self.socket, message, &[]),
+                    ReplyFds::Region(fd) => frame::send_message(&self.socket, message, &[fd]),
                     ReplyFds::Io(list) => {
                         let fds: Vec<_> = list.iter().map(|io| io.fd.as_fd()).collect();
-                        frame::send(&self.socket, &header, payload, &fds)
+                        frame::send_message(&self.socket, message, &fds)
                     }
                 }
             }
         }
+    }
+
+    fn send_error(&self, request: &Header, errno: Errno) -> Result<(), Ended> {
+        if request.no_reply() {
+            return Ok(());
+        }
+        // 0 would read as success, and a negative one as nonsense.
+        let errno = u32::try_from(errno.raw_os_error())
+            .ok()
+            .filter(|errno| *errno != 0);
+        let errno = errno.unwrap_or(Errno::IO.raw_os_error() as u32);
+        frame::send_message(&self.socket, request.error_reply(errno).as_bytes(), &[])
     }
 
     fn log_refusal(&mut self, header: &Header, refusal: &Refusal) {

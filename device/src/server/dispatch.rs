@@ -83,16 +83,21 @@ pub(super) enum ReplyFds<'f> {
     Io(Vec<IoEventFd>),
 }
 
-/// The payload of a reply, in a buffer that is used again.
+/// A reply, in a buffer that is used again: room for the header, then the payload.
 #[derive(Debug, Default)]
-pub(super) struct Payload(Vec<u8>);
+pub(super) struct ReplyBuffer(Vec<u8>);
 
-impl Payload {
+impl ReplyBuffer {
+    /// Start a reply without payload.
     pub(super) fn clear(&mut self) {
         self.0.clear();
+        self.0.resize(Header::SIZE, 0);
     }
 
-    pub(super) fn bytes(&self) -> &[u8] {
+    /// The whole message that answers `request`.
+    pub(super) fn finish(&mut self, request: &Header) -> &[u8] {
+        let header = request.reply(self.0.len() - Header::SIZE);
+        self.0[..Header::SIZE].copy_from_slice(header.as_bytes());
         &self.0
     }
 
@@ -139,7 +144,7 @@ impl<'f> Session<'f> {
         header: &Header,
         body: &[u8],
         fds: &mut Fds,
-        reply: &mut Payload,
+        reply: &mut ReplyBuffer,
     ) -> Result<ReplyFds<'f>, Refusal> {
         let command = header.command;
         if command == Command::VERSION {
@@ -181,7 +186,7 @@ impl<'f> Session<'f> {
         header: &Header,
         body: &[u8],
         fds: &Fds,
-        reply: &mut Payload,
+        reply: &mut ReplyBuffer,
     ) -> Result<(), Refusal> {
         if self.negotiated.is_some() {
             return Err(Refusal::AlreadyNegotiated);
@@ -221,7 +226,7 @@ impl<'f> Session<'f> {
         Ok(())
     }
 
-    fn device_info(&self, body: &[u8], reply: &mut Payload) -> Result<(), Refusal> {
+    fn device_info(&self, body: &[u8], reply: &mut ReplyBuffer) -> Result<(), Refusal> {
         let request: DeviceInfo = exactly(body)?;
         check_argsz(request.argsz, size_of::<DeviceInfo>())?;
         reply.put(&DeviceInfo {
@@ -233,7 +238,7 @@ impl<'f> Session<'f> {
         Ok(())
     }
 
-    fn region_info(&self, body: &[u8], reply: &mut Payload) -> Result<ReplyFds<'f>, Refusal> {
+    fn region_info(&self, body: &[u8], reply: &mut ReplyBuffer) -> Result<ReplyFds<'f>, Refusal> {
         let request: RegionInfo = exactly(body)?;
         check_argsz(request.argsz, RegionInfo::SIZE)?;
         let index = request.index;
@@ -275,7 +280,7 @@ impl<'f> Session<'f> {
         Ok(ReplyFds::Region(mmap.fd.as_fd()))
     }
 
-    fn region_io_fds(&self, body: &[u8], reply: &mut Payload) -> Result<ReplyFds<'f>, Refusal> {
+    fn region_io_fds(&self, body: &[u8], reply: &mut ReplyBuffer) -> Result<ReplyFds<'f>, Refusal> {
         let request: IoFdsInfo = exactly(body)?;
         check_argsz(request.argsz, IoFdsInfo::SIZE)?;
         if request.flags != 0 {
@@ -313,7 +318,7 @@ impl<'f> Session<'f> {
         Ok(ReplyFds::Io(list))
     }
 
-    fn irq_info(&self, body: &[u8], reply: &mut Payload) -> Result<(), Refusal> {
+    fn irq_info(&self, body: &[u8], reply: &mut ReplyBuffer) -> Result<(), Refusal> {
         let request: IrqInfo = exactly(body)?;
         check_argsz(request.argsz, size_of::<IrqInfo>())?;
         let index = request.index;
@@ -348,7 +353,7 @@ impl<'f> Session<'f> {
         Ok(())
     }
 
-    fn region_read(&self, body: &[u8], reply: &mut Payload) -> Result<(), Refusal> {
+    fn region_read(&self, body: &[u8], reply: &mut ReplyBuffer) -> Result<(), Refusal> {
         let access: RegionAccess = exactly(body)?;
         self.check_count(access.count)?;
         reply.put(&access);
@@ -358,7 +363,7 @@ impl<'f> Session<'f> {
         Ok(())
     }
 
-    fn region_write(&self, body: &[u8], reply: &mut Payload) -> Result<(), Refusal> {
+    fn region_write(&self, body: &[u8], reply: &mut ReplyBuffer) -> Result<(), Refusal> {
         let (access, data): (RegionAccess, _) = starts_with(body)?;
         self.check_count(access.count)?;
         if data.len() != access.count as usize {
@@ -395,7 +400,7 @@ impl<'f> Session<'f> {
         Ok(())
     }
 
-    fn dma_unmap(&self, body: &[u8], reply: &mut Payload) -> Result<(), Refusal> {
+    fn dma_unmap(&self, body: &[u8], reply: &mut ReplyBuffer) -> Result<(), Refusal> {
         let unmap: DmaUnmap = exactly(body)?;
         check_argsz(unmap.argsz, size_of::<DmaUnmap>())?;
         if unmap.flags.contains(DmaUnmapFlags::GET_DIRTY_BITMAP) {

@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use protos::vfio_user::{Header, HeaderError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recv, recvmsg, sendmsg,
+    SendAncillaryMessage, SendFlags, recv, recvmsg, send, sendmsg,
 };
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::FromBytes;
 
 /// File descriptors accepted in one message (`max_msg_fds`), and sent in one.
 pub(super) const MAX_FDS: usize = 16;
@@ -152,44 +152,31 @@ pub(super) fn recv_body(socket: &OwnedFd, body: &mut [u8], timeout: Duration) ->
     Ok(())
 }
 
-/// Send a message. `payload` is what follows the header.
-pub(super) fn send(
-    socket: &OwnedFd,
-    header: &Header,
-    payload: &[u8],
-    fds: &[BorrowedFd<'_>],
-) -> Result<(), Ended> {
-    assert_eq!(
-        header.message_size as usize,
-        Header::SIZE + payload.len(),
-        "a reply is as long as it says"
-    );
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
+/// Send a message, and `fds` with its first byte.
+pub(super) fn send_message(socket: &OwnedFd, message: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Ended> {
+    let mut sent = 0;
     if !fds.is_empty() {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
         assert!(
             control.push(SendAncillaryMessage::ScmRights(fds)),
             "a reply carries at most {MAX_FDS} fds"
         );
+        let all = [IoSlice::new(message)];
+        let result = retry_on_intr(|| sendmsg(socket, &all, &mut control, SendFlags::NOSIGNAL));
+        sent = result.map_err(send_error)?;
     }
-    let head = header.as_bytes();
-    let mut sent = 0;
-    while sent < head.len() + payload.len() {
-        let parts = [
-            IoSlice::new(&head[sent.min(head.len())..]),
-            IoSlice::new(&payload[sent.saturating_sub(head.len())..]),
-        ];
-        match sendmsg(socket, &parts, &mut control, SendFlags::NOSIGNAL) {
-            Ok(bytes) => {
-                sent += bytes;
-                control.clear();
-            }
-            Err(Errno::INTR) => {}
-            // SO_SNDTIMEO.
-            Err(Errno::AGAIN) => return Err(Ended::Timeout("take an answer")),
-            Err(Errno::PIPE | Errno::CONNRESET) => return Err(Ended::Closed),
-            Err(errno) => return Err(Ended::Socket(errno)),
-        }
+    while sent < message.len() {
+        sent += retry_on_intr(|| send(socket, &message[sent..], SendFlags::NOSIGNAL)).map_err(send_error)?;
     }
     Ok(())
+}
+
+fn send_error(errno: Errno) -> Ended {
+    match errno {
+        // SO_SNDTIMEO.
+        Errno::AGAIN => Ended::Timeout("take an answer"),
+        Errno::PIPE | Errno::CONNRESET => Ended::Closed,
+        errno => Ended::Socket(errno),
+    }
 }

@@ -32,6 +32,7 @@ use protos::vfio_user::{Command, Header, MessageFlags};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
+use zerocopy::IntoBytes;
 
 use crate::pci::Function;
 use connection::Connection;
@@ -264,10 +265,6 @@ impl Drop for NotifyDone<'_> {
 fn refuse(socket: &OwnedFd, peer: Peer, holder: Peer) {
     tracing::warn!(%peer, %holder, "client refused: another one is connected");
     let version = Header::command(0, Command::VERSION, 0, MessageFlags::COMMAND);
-    let _ = frame::send(
-        socket,
-        &version.error_reply(Errno::BUSY.raw_os_error() as u32),
-        &[],
-        &[],
-    );
+    let busy = version.error_reply(Errno::BUSY.raw_os_error() as u32);
+    let _ = frame::send_message(socket, busy.as_bytes(), &[]);
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use protos::vfio_user::{Command, Header, MessageFlags, MessageType};
-use rustix::io::Errno;
+use rustix::io::{Errno, readv, retry_on_intr};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -159,6 +159,49 @@ impl Transport {
         Ok(())
     }
 
+    fn receive_some(
+        &self,
+        iov: &mut [IoSliceMut<'_>],
+        wanted: Option<&mut Vec<OwnedFd>>,
+    ) -> Result<usize, CallError> {
+        let result = match wanted {
+            // The quicker call, for most replies. The kernel closes file descriptors that come unwanted.
+            None => retry_on_intr(|| readv(&self.socket, iov)),
+            Some(fds) => return self.receive_with_fds(iov, fds),
+        };
+        result.map_err(|errno| self.receive_error(errno))
+    }
+
+    fn receive_with_fds(
+        &self,
+        iov: &mut [IoSliceMut<'_>],
+        fds: &mut Vec<OwnedFd>,
+    ) -> Result<usize, CallError> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let message = retry_on_intr(|| recvmsg(&self.socket, iov, &mut control, RecvFlags::CMSG_CLOEXEC))
+            .map_err(|errno| self.receive_error(errno))?;
+        for ancillary in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(received) = ancillary {
+                fds.extend(received);
+            }
+        }
+        if message.flags.contains(ReturnFlags::CTRUNC) {
+            return Err(CallError::protocol(format!(
+                "more than {MAX_FDS} file descriptors came"
+            )));
+        }
+        Ok(message.bytes)
+    }
+
+    fn receive_error(&self, errno: Errno) -> CallError {
+        match errno {
+            Errno::AGAIN => CallError::Timeout(self.timeout.unwrap_or_default()),
+            Errno::CONNRESET => CallError::Closed,
+            errno => CallError::System(errno),
+        }
+    }
+
     /// Only one request is under way and the server asks nothing, so header and payload can be read at once.
     fn receive(&self, request: &Header, reply: &mut Reply<'_>) -> Result<usize, CallError> {
         let mut head = [0; Header::SIZE];
@@ -167,39 +210,16 @@ impl Transport {
         let mut filled = 0;
         let mut parsed = None;
         while filled < wanted {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-            let mut control = RecvAncillaryBuffer::new(&mut space);
             let mut skip = filled;
             let mut iov = [&mut head[..], &mut *reply.head, &mut *reply.data].map(|part| {
                 let skipped = skip.min(part.len());
                 skip -= skipped;
                 IoSliceMut::new(&mut part[skipped..])
             });
-            let message = match recvmsg(&self.socket, &mut iov, &mut control, RecvFlags::CMSG_CLOEXEC) {
-                Ok(message) => message,
-                Err(Errno::INTR) => continue,
-                Err(Errno::AGAIN) => return Err(CallError::Timeout(self.timeout.unwrap_or_default())),
-                Err(Errno::CONNRESET) => return Err(CallError::Closed),
-                Err(errno) => return Err(CallError::System(errno)),
+            filled += match self.receive_some(&mut iov, reply.fds.as_deref_mut())? {
+                0 => return Err(CallError::Closed),
+                bytes => bytes,
             };
-            let truncated = message.flags.contains(ReturnFlags::CTRUNC);
-            for ancillary in control.drain() {
-                if let RecvAncillaryMessage::ScmRights(fds) = ancillary {
-                    match &mut reply.fds {
-                        Some(list) => list.extend(fds),
-                        None => fds.for_each(drop),
-                    }
-                }
-            }
-            if truncated {
-                return Err(CallError::protocol(format!(
-                    "more than {MAX_FDS} file descriptors came"
-                )));
-            }
-            if message.bytes == 0 {
-                return Err(CallError::Closed);
-            }
-            filled += message.bytes;
             if filled >= Header::SIZE && parsed.is_none() {
                 let header = Header::read_from_bytes(&head).expect("16 bytes are a header");
                 wanted = check(request, &header, room)?;

@@ -225,3 +225,7 @@ impl Mailbox {
         -libc::EINVAL
     }
 }
+
+#[cfg(test)]
+#[path = "mailbox_tests.rs"]
+mod tests;

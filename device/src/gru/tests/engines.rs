@@ -18,15 +18,7 @@ fn test_engines_when_nothing_happens_cost_nothing() {
         // An instruction that waits for its miss is no work either.
         rig.issue(1, Instruction::vload(VA + 8 * PAGE, 0, XType::DWORD, 1, 1));
         rig.wait_fault(0, 3);
-        let awake = || {
-            rig.gru
-                .hardware
-                .wake
-                .status()
-                .word32(pci::STATUS_OFFSET)
-                .load(Ordering::SeqCst)
-        };
-        rig.until("sleep", || (awake() == 0).then_some(()));
+        rig.until("sleep", || (rig.gru.stats().engines_asleep == 2).then_some(()));
         let parks = rig.gru.stats().parks;
         let cpu = rig.engine_cpu();
         std::thread::sleep(Duration::from_secs(2));
