@@ -169,7 +169,7 @@ mod tests {
     use super::*;
 
     fn result() -> BenchResult {
-        let row = |size_bytes, extra| Row {
+        let row = |size_bytes, extra: u64| Row {
             uffd_mode: UffdMode::Missing,
             case: Case::AgentSilent,
             size_bytes,
