@@ -81,13 +81,13 @@ pub(super) fn run(hardware: &Arc<Hardware>, mut bench: Bench) {
         if !wake.others_awake() && spin.again() {
             continue;
         }
-        wake.leave();
+        wake.doze();
         // Whoever stored before the count was lowered did not ring.
         if !hardware.work_waits() {
             wake.sleep(hardware.next_look());
         }
         full = true;
-        wake.enter();
+        wake.come_back();
     }
     wake.pass_on_stop();
 }
