@@ -86,9 +86,7 @@ fn test_daemon_when_sent_garbage_answers_errors_and_keeps_nothing() {
     let template = serde_json::to_vec(&attach_request("x")).unwrap();
     for round in 0..400usize {
         let bytes: Vec<u8> = match round % 3 {
-            0 => (0..1 + random(&mut seed) % 300)
-                .map(|_| random(&mut seed) as u8)
-                .collect(),
+            0 => (0..1 + random(&mut seed) % 300).map(|_| random(&mut seed) as u8).collect(),
             1 => {
                 let mut bytes = template.clone();
                 let at = random(&mut seed) as usize % bytes.len();
@@ -101,31 +99,13 @@ fn test_daemon_when_sent_garbage_answers_errors_and_keeps_nothing() {
         let fds = vec![leak.1.as_fd(); random(&mut seed) as usize % 12];
         client.send(&bytes, &fds).unwrap();
         let (reply, fds) = client.receive().expect("a reply to each packet");
-        assert!(
-            matches!(reply, Reply::Error { .. }),
-            "{reply:?} to {}",
-            String::from_utf8_lossy(&bytes)
-        );
+        assert!(matches!(reply, Reply::Error { .. }), "{reply:?} to {}", String::from_utf8_lossy(&bytes));
         assert!(fds.is_empty());
     }
-    client
-        .send(&vec![b'x'; MAX_PACKET + 10], &[leak.1.as_fd()])
-        .unwrap();
-    assert!(matches!(
-        client.receive(),
-        Some((
-            Reply::Error {
-                errno: libc::EMSGSIZE,
-                ..
-            },
-            _
-        ))
-    ));
+    client.send(&vec![b'x'; MAX_PACKET + 10], &[leak.1.as_fd()]).unwrap();
+    assert!(matches!(client.receive(), Some((Reply::Error { errno: libc::EMSGSIZE, .. }, _))));
     leak.check("a refused packet");
-    assert!(
-        matches!(client.request(&Request::Stats, &[]).0, Reply::Stats { .. }),
-        "still served"
-    );
+    assert!(matches!(client.request(&Request::Stats, &[]).0, Reply::Stats { .. }), "still served");
     daemon.wait_clean();
 }
 
@@ -153,27 +133,18 @@ fn test_attach_when_descriptors_are_wrong_is_refused() {
         pid: 1,
         name: "other".into(),
     };
-    assert_eq!(
-        client.refused(&wrong_pid, &[uffd.as_fd(), maps.as_fd()]),
-        libc::EPERM
-    );
+    assert_eq!(client.refused(&wrong_pid, &[uffd.as_fd(), maps.as_fd()]), libc::EPERM);
     let wrong_version = Request::Attach {
         version: VERSION + 1,
         pid: std::process::id(),
         name: "new".into(),
     };
-    assert_eq!(
-        client.refused(&wrong_version, &[uffd.as_fd(), maps.as_fd()]),
-        libc::EPROTONOSUPPORT
-    );
+    assert_eq!(client.refused(&wrong_version, &[uffd.as_fd(), maps.as_fd()]), libc::EPROTONOSUPPORT);
     // After all that, the right one.
     let (reply, fds) = client.request(&attach_request("right"), &[uffd.as_fd(), maps.as_fd()]);
     assert!(matches!(reply, Reply::Attached { .. }), "{reply:?}");
     assert!(fds.len() >= 3);
-    assert_eq!(
-        client.refused(&attach_request("twice"), &[uffd.as_fd(), maps.as_fd()]),
-        libc::EALREADY
-    );
+    assert_eq!(client.refused(&attach_request("twice"), &[uffd.as_fd(), maps.as_fd()]), libc::EALREADY);
     drop(client);
     daemon.wait_clean();
 }
@@ -183,10 +154,7 @@ fn test_requests_when_not_attached_are_refused() {
     let daemon = Daemon::start(in_process_device().0, |_| {});
     let client = Client::connect(&daemon.socket);
     let memory = memfd(4096);
-    assert_eq!(
-        client.refused(&Request::AddMemory { len: 4096 }, &[memory.as_fd()]),
-        libc::ENOTCONN
-    );
+    assert_eq!(client.refused(&Request::AddMemory { len: 4096 }, &[memory.as_fd()]), libc::ENOTCONN);
     let create = |pid| Request::CreateContext {
         pid,
         cbs: 2,
@@ -196,34 +164,15 @@ fn test_requests_when_not_attached_are_refused() {
     assert_eq!(client.refused(&create(None), &[]), libc::ENOTCONN);
     assert_eq!(client.refused(&create(Some(1)), &[]), libc::ESRCH);
     for context in [0, 1, u32::MAX] {
+        assert_eq!(client.refused(&Request::DestroyContext { context }, &[]), libc::ENOENT);
+        assert_eq!(client.refused(&Request::CallOs { context, cb: 0 }, &[]), libc::ENOENT);
         assert_eq!(
-            client.refused(&Request::DestroyContext { context }, &[]),
-            libc::ENOENT
-        );
-        assert_eq!(
-            client.refused(&Request::CallOs { context, cb: 0 }, &[]),
-            libc::ENOENT
-        );
-        assert_eq!(
-            client.refused(
-                &Request::GsegRead {
-                    context,
-                    offset: 0,
-                    len: u32::MAX
-                },
-                &[]
-            ),
+            client.refused(&Request::GsegRead { context, offset: 0, len: u32::MAX }, &[]),
             libc::ENOENT
         );
     }
-    assert_eq!(
-        client.refused(&Request::PeerResolve { va: 0 }, &[]),
-        libc::ENOTCONN
-    );
-    assert_eq!(
-        client.refused(&Request::SetPurgeable { start: 0, end: 4096 }, &[]),
-        libc::ENOTCONN
-    );
+    assert_eq!(client.refused(&Request::PeerResolve { va: 0 }, &[]), libc::ENOTCONN);
+    assert_eq!(client.refused(&Request::SetPurgeable { start: 0, end: 4096 }, &[]), libc::ENOTCONN);
 }
 
 #[test]
@@ -232,11 +181,10 @@ fn test_memory_when_two_sessions_add_it_is_mapped_once() {
     let (a, _) = attach(&daemon, "a");
     let (b, _) = attach(&daemon, "b");
     let memory = memfd(16384);
-    let add =
-        |client: &Client, len: u64| match client.request(&Request::AddMemory { len }, &[memory.as_fd()]).0 {
-            Reply::Memory { memory, iova } => (memory, iova),
-            other => panic!("{other:?}"),
-        };
+    let add = |client: &Client, len: u64| match client.request(&Request::AddMemory { len }, &[memory.as_fd()]).0 {
+        Reply::Memory { memory, iova } => (memory, iova),
+        other => panic!("{other:?}"),
+    };
     let first = add(&a, 8192);
     assert_eq!(add(&a, 8192), first, "the same file keeps its number");
     assert_eq!(add(&b, 8192).1, first.1, "another session shares the mapping");
@@ -250,14 +198,8 @@ fn test_memory_when_two_sessions_add_it_is_mapped_once() {
         "longer than the file"
     );
     drop(a);
-    daemon.stats_until("one session is left", |s| {
-        s["sessions"].as_array().unwrap().len() == 1
-    });
-    assert_eq!(
-        daemon.stats()["device"]["mapped_files"],
-        1,
-        "the other session still uses it"
-    );
+    daemon.stats_until("one session is left", |s| s["sessions"].as_array().unwrap().len() == 1);
+    assert_eq!(daemon.stats()["device"]["mapped_files"], 1, "the other session still uses it");
     drop(b);
     daemon.wait_clean();
 }
@@ -303,10 +245,7 @@ fn test_context_when_made_by_message_can_be_read_and_written() {
         other => panic!("{other:?}"),
     }
     for (offset, len, errno) in [(u32::MAX, 8, libc::EINVAL), (ds, 16 * 1024 + 1, libc::E2BIG)] {
-        assert_eq!(
-            client.refused(&Request::GsegRead { context, offset, len }, &[]),
-            errno
-        );
+        assert_eq!(client.refused(&Request::GsegRead { context, offset, len }, &[]), errno);
     }
     let bad = Request::GsegWrite {
         context,
@@ -316,18 +255,9 @@ fn test_context_when_made_by_message_can_be_read_and_written() {
     assert_eq!(client.refused(&bad, &[]), libc::EINVAL);
     // Another connection has no business with it.
     let other = Client::connect(&daemon.socket);
-    assert_eq!(
-        other.refused(&Request::DestroyContext { context }, &[]),
-        libc::ENOENT
-    );
-    assert_eq!(
-        client.request(&Request::DestroyContext { context }, &[]).0,
-        Reply::Done
-    );
-    assert_eq!(
-        client.refused(&Request::DestroyContext { context }, &[]),
-        libc::ENOENT
-    );
+    assert_eq!(other.refused(&Request::DestroyContext { context }, &[]), libc::ENOENT);
+    assert_eq!(client.request(&Request::DestroyContext { context }, &[]).0, Reply::Done);
+    assert_eq!(client.refused(&Request::DestroyContext { context }, &[]), libc::ENOENT);
     drop(client);
     daemon.wait_clean();
 }
@@ -346,9 +276,7 @@ fn test_context_when_made_by_another_connection_ends_with_it() {
     assert!(matches!(tool.request(&create, &[]).0, Reply::Context { .. }));
     assert_eq!(daemon.stats()["sessions"][0]["contexts"], 1);
     drop(tool);
-    daemon.stats_until("the tool's context is closed", |s| {
-        s["sessions"][0]["contexts"] == 0
-    });
+    daemon.stats_until("the tool's context is closed", |s| s["sessions"][0]["contexts"] == 0);
     drop(owner);
     daemon.wait_clean();
 }
@@ -358,14 +286,9 @@ fn test_daemon_when_another_lives_there_says_its_pid() {
     let daemon = Daemon::start(in_process_device().0, |_| {});
     let (stop, _handle) = host::daemon::Stop::new().unwrap();
     let config = host::daemon::HostConfig::new(&daemon.socket, "in-process");
-    let error = host::daemon::run_with_backing(config, in_process_device().0, stop)
-        .unwrap_err()
-        .to_string();
+    let error = host::daemon::run_with_backing(config, in_process_device().0, stop).unwrap_err().to_string();
     assert!(error.contains(&format!("pid {}", std::process::id())), "{error}");
-    assert!(
-        daemon.stats()["daemon"]["pid"].is_u64(),
-        "the first one still serves"
-    );
+    assert!(daemon.stats()["daemon"]["pid"].is_u64(), "the first one still serves");
 }
 
 #[test]
@@ -391,12 +314,6 @@ fn test_run_when_no_device_is_there_says_how_to_start_one() {
     let (stop, _handle) = host::daemon::Stop::new().unwrap();
     let config = host::daemon::HostConfig::new(dir.path().join("host"), dir.path().join("nothing"));
     let error = host::daemon::run(config, stop).unwrap_err().to_string();
-    assert!(
-        error.contains("nothing") && error.contains("tlbridge device"),
-        "{error}"
-    );
-    assert!(
-        !dir.path().join("host").exists(),
-        "no socket of a daemon that does not work"
-    );
+    assert!(error.contains("nothing") && error.contains("tlbridge device"), "{error}");
+    assert!(!dir.path().join("host").exists(), "no socket of a daemon that does not work");
 }

@@ -136,9 +136,7 @@ impl Daemon {
 
     /// Waits until no session is left, and checks that nothing of one is.
     pub fn wait_clean(&self) -> Value {
-        let stats = self.stats_until("sessions are left", |s| {
-            s["sessions"].as_array().unwrap().is_empty()
-        });
+        let stats = self.stats_until("sessions are left", |s| s["sessions"].as_array().unwrap().is_empty());
         // A session leaves the list when its closing begins.
         let stats = self.stats_until("something is left", |s| {
             s["device"]["mapped_ranges"] == 0
@@ -167,13 +165,7 @@ pub struct Client(pub rustix::fd::OwnedFd);
 impl Client {
     pub fn connect(socket: &Path) -> Self {
         use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
-        let fd = socket_with(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .unwrap();
+        let fd = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
         connect(&fd, &SocketAddrUnix::new(socket).unwrap()).unwrap();
         Self(fd)
     }
@@ -186,13 +178,7 @@ impl Client {
         if !fds.is_empty() {
             assert!(ancillary.push(SendAncillaryMessage::ScmRights(fds)));
         }
-        sendmsg(
-            &self.0,
-            &[std::io::IoSlice::new(bytes)],
-            &mut ancillary,
-            SendFlags::NOSIGNAL,
-        )
-        .map(drop)
+        sendmsg(&self.0, &[std::io::IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL).map(drop)
     }
 
     /// The next reply; `None` when the daemon has hung up.
@@ -304,11 +290,7 @@ impl Role {
     pub fn expect(&mut self, what: &str) {
         match self.lines.recv_timeout(PATIENCE) {
             Ok(said) => assert_eq!(said, what, "role {}", self.name),
-            Err(error) => panic!(
-                "role {} did not say {what:?}: {error}; it is {:?}",
-                self.name,
-                self.child.try_wait()
-            ),
+            Err(error) => panic!("role {} did not say {what:?}: {error}; it is {:?}", self.name, self.child.try_wait()),
         }
     }
 
@@ -373,8 +355,8 @@ pub fn be_device(socket: &Path) {
         GruModel::new(context, config).map(|m| m as Arc<dyn device::model::Model>)
     })
     .expect("a GRU");
-    let server = device::server::Server::bind(socket, function, device::server::ServerOptions::default())
-        .expect("bind");
+    let server =
+        device::server::Server::bind(socket, function, device::server::ServerOptions::default()).expect("bind");
     let stop = device::server::StopFd::new().unwrap();
     say("listening");
     server.run(&stop).unwrap();
