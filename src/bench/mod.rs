@@ -100,6 +100,8 @@ fn measure(
     host.expect("ready", START_LIMIT, stop)?;
     let mut list = args![
         "bench-subject",
+        "--private-dir",
+        dir,
         "--socket",
         &host_socket,
         "--seed",

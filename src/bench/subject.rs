@@ -21,7 +21,7 @@ use crate::cli::SubjectArgs;
 use crate::demo::args;
 use crate::latency::voluntary_switches;
 use crate::stop::{self, Stop};
-use crate::supervise::{START_LIMIT, Service};
+use crate::supervise::{Leftovers, START_LIMIT, Service};
 
 /// Pages that get a live translation before each call: all of a small range, some of a large one.
 const LIVE_PAGES: usize = 16;
@@ -62,6 +62,7 @@ pub struct WakeFloor {
 /// It cannot attach, or a call fails.
 pub fn run(args: &SubjectArgs) -> Result<()> {
     let stop = Stop::new()?;
+    let _leftovers = Leftovers::new(&args.supervised, &stop);
     stop.on_signals()?;
     stop::obey(&stop, |_| json!({}))?;
     let name = "bench".into();

@@ -135,6 +135,52 @@ fn test_demo_when_it_ends_prints_a_table_and_leaves_nothing() {
 }
 
 #[test]
+fn test_demo_when_killed_leaves_neither_processes_nor_sockets() {
+    if let Some(reason) = processes::missing_capability() {
+        println!("SKIP: kill -9 of the demo: {reason}");
+        return;
+    }
+    for round in 0..4u64 {
+        let dir = tempfile::tempdir().unwrap();
+        let mut demo = std::process::Command::new(processes::binary())
+            .args(["demo", "--seconds", "30"])
+            .env("TMPDIR", dir.path())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        // Where in its life death strikes, not synchronisation.
+        std::thread::sleep(Duration::from_millis(300 + 271 * round));
+        let family = processes::descendants(demo.id());
+        demo.kill().unwrap();
+        demo.wait().unwrap();
+        assert_eq!(
+            processes::survivors(&family, Duration::from_secs(20)),
+            [0u32; 0],
+            "round {round}"
+        );
+        // A child that was being started when `family` was read is not in it: the directory says when the
+        // last one has ended.
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        let left = || -> Vec<_> {
+            std::fs::read_dir(dir.path())
+                .unwrap()
+                .flatten()
+                .map(|e| e.path())
+                .collect()
+        };
+        while !left().is_empty() {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "round {round}: left behind: {:?}",
+                left()
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+#[test]
 fn test_inspect_when_a_daemon_runs_prints_its_statistics() {
     if let Some(reason) = processes::missing_capability() {
         println!("SKIP: inspect of a live daemon: {reason}");
