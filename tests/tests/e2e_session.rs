@@ -623,7 +623,7 @@ fn test_device_when_stopped_in_a_flush_is_fenced() {
     let mut app = app(&daemon, "waits");
     app.next();
     app.expect("ready");
-    device.signal(Signal::STOP);
+    device.freeze();
     // Its munmap needs a flush, which the stopped device does not answer.
     app.go_on();
     let error = daemon.wait().unwrap_err();
@@ -673,7 +673,7 @@ fn test_peer_when_stopped_is_fenced_and_the_call_returns() {
     app.expect("ready");
     let mut peer = start_peer(&daemon, app.pid(), &range);
     peer.expect("attached");
-    peer.signal(Signal::STOP);
+    peer.freeze();
     app.go_on();
     app.expect("alive");
     app.wait_ok();

@@ -335,6 +335,25 @@ impl Role {
         rustix::process::kill_process(pid, signal).unwrap();
     }
 
+    /// Stops the process and waits until every thread of it stands still: a signal is only a request.
+    pub fn freeze(&self) {
+        self.signal(rustix::process::Signal::STOP);
+        let tasks = format!("/proc/{}/task", self.child.id());
+        let still = |stat: String| {
+            stat.rsplit(')')
+                .next()
+                .is_some_and(|rest| rest.trim_start().starts_with('T'))
+        };
+        let deadline = Instant::now() + PATIENCE;
+        while !std::fs::read_dir(&tasks)
+            .unwrap()
+            .all(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).is_ok_and(still))
+        {
+            assert!(Instant::now() < deadline, "role {} does not stop", self.name);
+            std::thread::yield_now();
+        }
+    }
+
     /// Waits for a good end.
     pub fn wait_ok(mut self) {
         self.stdin = None;
