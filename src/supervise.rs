@@ -102,10 +102,10 @@ impl Service {
     pub fn expect(&mut self, key: &str, limit: Duration, stop: &Stop) -> Result<serde_json::Value> {
         let deadline = Instant::now() + limit;
         loop {
-            if let Some(mut value) = self.next(Duration::from_millis(100))? {
-                if let Some(found) = value.get_mut(key) {
-                    return Ok(found.take());
-                }
+            if let Some(mut value) = self.next(Duration::from_millis(100))?
+                && let Some(found) = value.get_mut(key)
+            {
+                return Ok(found.take());
             }
             if stop.requested() {
                 bail!("interrupted while waiting for the {} process", self.name);

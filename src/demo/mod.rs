@@ -65,8 +65,10 @@ pub enum Verdict {
 
 /// Arguments of a child, of whatever type.
 macro_rules! args {
-    ($($arg:expr),* $(,)?) => { vec![$(OsString::from($arg)),*] };
+    ($($arg:expr),* $(,)?) => { vec![$(std::ffi::OsString::from($arg)),*] };
 }
+pub(crate) use args;
+
 /// The value's name on the command line.
 pub(crate) fn name(value: impl ValueEnum) -> String {
     value

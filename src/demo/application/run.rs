@@ -166,7 +166,7 @@ fn compute(args: &ApplicationArgs, agent: &'static Agent, ends: [&Stop; 2]) -> R
                     Purgeable::new(
                         purgeable_va,
                         purgeable_alias,
-                        &oracles,
+                        oracles,
                         Random::new(args.seed, 3000),
                     )
                 });
