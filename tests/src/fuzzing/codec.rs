@@ -69,6 +69,7 @@ fn version(bytes: &[u8]) {
     data.encode(header, &mut out);
     let (again_header, again) = VersionData::parse(&out).expect("what was encoded can be read");
     assert_eq!((again_header, again), (header, data.clone()));
+    #[allow(clippy::needless_update)] // Capabilities are added.
     let ours = Capabilities {
         max_msg_fds: Some(16),
         max_data_xfer_size: Some(1 << 20),

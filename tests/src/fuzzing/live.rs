@@ -123,6 +123,7 @@ impl Live {
         let function =
             Function::new(|context| Ok::<_, Infallible>(FuzzModel::new(context) as Arc<dyn Model>))
                 .map_err(|e| Violation(e.to_string()))?;
+        #[allow(clippy::needless_update)] // Limits are added.
         let options = ServerOptions {
             max_data_xfer_size: MAX_DATA,
             client_timeout: Duration::from_secs(10),
