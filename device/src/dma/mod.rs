@@ -14,6 +14,8 @@
 
 mod copy;
 pub(crate) mod lost;
+#[cfg(all(test, not(loom)))]
+mod lost_tests;
 mod mapping;
 mod message;
 mod space;
