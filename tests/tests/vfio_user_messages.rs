@@ -342,7 +342,7 @@ fn test_twin_socket_when_agreed_on_carries_the_servers_commands() {
     raw.send(
         1,
         Command::VERSION,
-        b"\0\0\x01\0{\"capabilities\":{\"twin_socket\":{\"supported\":true},\"max_msg_fds\":8}}         \0",
+        b"\0\0\x01\0{\"capabilities\":{\"twin_socket\":{\"supported\":true},\"max_msg_fds\":8}}\0",
     );
     let (reply, fds) = receive_fd(&raw.stream);
     let text = String::from_utf8_lossy(&reply[20..]).into_owned();

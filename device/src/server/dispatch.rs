@@ -20,6 +20,10 @@ use crate::pci::RegionError;
 /// Writes in one REGION_WRITE_MULTI: what QEMU sends at most (`VFIO_USER_MULTI_MAX`).
 pub(super) const MAX_MULTI_WRITES: usize = 200;
 
+/// What the reply to VERSION may be longer than the request, for clients that know twin sockets. (No client
+/// is known that does and has no room for a longer reply; QEMU has none and does not know them.)
+const TWIN_ROOM: usize = 64;
+
 /// Why a message was refused. It had no effect, unless the variant says otherwise.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Refusal {
@@ -233,12 +237,18 @@ impl<'f> Session<'f> {
         let answer = VersionData {
             capabilities: data.capabilities.as_ref().map(|theirs| ours.answer_to(theirs)),
         };
+        // A client that can do a twin socket could not name the descriptor: there is more to be said to it.
+        let twin = answer
+            .capabilities
+            .as_ref()
+            .is_some_and(|answer| answer.twin_socket.is_some());
+        let limit = body.len() + if twin { TWIN_ROOM } else { 0 };
         let sent = answer.encode_within(
             VersionHeader {
                 major: VERSION_MAJOR,
                 minor,
             },
-            body.len(),
+            limit,
             &mut reply.0,
         );
         let theirs = data.capabilities.unwrap_or_default();
