@@ -11,6 +11,9 @@
 //! A client that truncates a mapped file takes the pages away from under the device. The process outlives
 //! that (a handler for SIGBUS is installed with the first mapping), and the access that met it fails:
 //! [`Resolved::check`] after a copy. [`MappingInfo::sealed`] tells which mappings cannot be truncated.
+//!
+//! Limits: a client that maps a file whose file system does not answer (FUSE, a dead network server) keeps
+//! accesses, and with them drains, unmaps and resets, waiting for it.
 
 mod copy;
 pub(crate) mod lost;
