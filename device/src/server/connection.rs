@@ -140,12 +140,12 @@ impl<'f> Connection<'f> {
             // Never answer an answer.
             MessageType::Reply => {
                 // With a twin socket nothing was asked here.
+                self.fds.clear();
                 let requests = self.requests.as_ref().filter(|_| self.twin.is_none());
                 if requests.is_some_and(|requests| requests.deliver(&header, &self.body[..len])) {
                     return Ok(());
                 }
                 self.log_refusal(&header, &Refusal::UnexpectedReply);
-                self.fds.clear();
                 return Ok(());
             }
             MessageType::Unknown(kind) => Err(Refusal::MessageType(kind)),
