@@ -20,7 +20,9 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use zerocopy::FromBytes;
 
-use super::actions::{Action, Delivery, Ending, Kind, MAX_DATA, Opening, Session, Step, frame};
+use super::actions::{
+    Action, Delivery, Ending, FileCount, Files, IrqFlags, Kind, MAX_DATA, Opening, Session, Step, frame,
+};
 use super::model::{FuzzModel, VENDOR};
 use super::peer::{Peer, Seen};
 
@@ -145,6 +147,29 @@ impl Live {
             resident: 0,
             _directory: directory,
         };
+        // What the process makes once, at its first interrupt, is no leak of a session.
+        let step = |action| Step {
+            action,
+            delivery: Delivery::Whole,
+        };
+        live.session(&Session {
+            version: Opening::Ready,
+            serving: super::actions::Serving::Good,
+            steps: vec![
+                step(Action::Irqs {
+                    flags: IrqFlags::Pair(2, 2),
+                    index: 0,
+                    start: 0,
+                    count: 1,
+                    files: Files {
+                        kind: Kind::Event,
+                        count: FileCount::Right,
+                    },
+                }),
+                step(Action::Raise(0)),
+            ],
+            ending: Ending::Clean,
+        })?;
         live.fds = live.good_client()?;
         Ok(live)
     }
