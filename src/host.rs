@@ -22,7 +22,7 @@ const RECLAIM_PERIOD: Duration = Duration::from_millis(20);
 /// No device, no socket, or the device has gone away.
 pub fn run(args: &HostArgs) -> Result<()> {
     let stop = Stop::new()?;
-    stop.on_signals()?;
+    stop.on_signals(args.supervised.supervised)?;
     let _leftovers = Leftovers::new(&args.supervised, &stop);
     let mut config = HostConfig::new(&args.socket, &args.device);
     config.uffd_mode = args.uffd_mode.into();
