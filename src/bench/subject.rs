@@ -11,6 +11,7 @@ use agent::{Agent, AttachOptions, ContextOptions, FaultMode, GruContext, Memory}
 use anyhow::{Context, Result};
 use protos::bridge::control::UffdMode;
 use protos::gru::cb::{Instruction, XType};
+use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -50,9 +51,10 @@ pub struct Row {
 /// Figures of the floors that no munmap is part of.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct WakeFloor {
-    /// A byte to another thread and back, by socket: two wakes.
+    /// A byte to another thread and back, by socket, after both have slept as long as the device has in the row
+    /// that it is compared with: two wakes.
     pub socket_echo_p50_ns: u64,
-    /// Half of it: one wake.
+    /// From a write to an eventfd until the thread that slept on it runs: one wake.
     pub wake_p50_ns: u64,
 }
 
@@ -88,7 +90,7 @@ pub fn run(args: &SubjectArgs) -> Result<()> {
         args,
     };
     stop::say(&json!({ "ready": {} }));
-    stop::say(&json!({ "wake_floor": wake_floor(if args.quick { 200 } else { 4000 })? }));
+    stop::say(&json!({ "wake_floor": wake_floor(if args.quick { 100 } else { 1000 })? }));
     for case in Case::ALL {
         subject.measure_case(case, &stop)?;
     }
@@ -313,7 +315,8 @@ impl Drop for Busy {
     }
 }
 
-/// A byte to another thread and back.
+/// What telling somebody who sleeps costs at least: in the same state as the parked row, since an idle
+/// processor takes longer to answer than a warm one.
 fn wake_floor(rounds: usize) -> Result<WakeFloor> {
     let (mut here, mut there) = UnixStream::pair().context("socket pair")?;
     let echo = std::thread::spawn(move || {
@@ -324,20 +327,40 @@ fn wake_floor(rounds: usize) -> Result<WakeFloor> {
             .is_ok()
         {}
     });
-    let mut times = Vec::new();
+    let bell = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).context("eventfd")?);
+    let (woken, wakes) = std::sync::mpsc::channel();
+    let sleeper = {
+        let bell = Arc::clone(&bell);
+        std::thread::spawn(move || {
+            let mut count = [0; 8];
+            while rustix::io::read(&*bell, &mut count).is_ok() && woken.send(Instant::now()).is_ok() {}
+        })
+    };
+    let (mut echoes, mut latencies) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
+        std::thread::sleep(PARKED);
         let start = Instant::now();
         here.write_all(&[1])?;
         here.read_exact(&mut [0])?;
-        times.push(start.elapsed().as_nanos() as u64);
+        echoes.push(start.elapsed().as_nanos() as u64);
+
+        std::thread::sleep(PARKED);
+        let start = Instant::now();
+        rustix::io::write(&*bell, &1u64.to_ne_bytes()).context("eventfd")?;
+        let ran = wakes.recv().context("the sleeping thread ended")?;
+        latencies.push(ran.saturating_duration_since(start).as_nanos() as u64);
     }
-    drop(here);
-    echo.join()
-        .map_err(|_| anyhow::anyhow!("the echo thread panicked"))?;
-    times.sort_unstable();
-    let echo = quantile(&times, 0.5);
+    drop((here, wakes));
+    rustix::io::write(&*bell, &1u64.to_ne_bytes()).context("eventfd")?;
+    for thread in [echo, sleeper] {
+        thread
+            .join()
+            .map_err(|_| anyhow::anyhow!("a thread of the wake floor panicked"))?;
+    }
+    echoes.sort_unstable();
+    latencies.sort_unstable();
     Ok(WakeFloor {
-        socket_echo_p50_ns: echo,
-        wake_p50_ns: echo / 2,
+        socket_echo_p50_ns: quantile(&echoes, 0.5),
+        wake_p50_ns: quantile(&latencies, 0.5),
     })
 }

@@ -37,6 +37,17 @@ pub fn log_if_asked() {
     }
 }
 
+/// Whether the test cannot run here; says so, and why.
+pub fn skipped() -> bool {
+    match tests::processes::missing_capability() {
+        Some(reason) => {
+            eprintln!("SKIPPED: {reason}");
+            true
+        }
+        None => false,
+    }
+}
+
 /// A GRU in this process.
 pub fn in_process_device() -> (Arc<dyn Backing>, Arc<GruModel>) {
     let config = GruConfig {
