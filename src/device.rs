@@ -20,7 +20,7 @@ use crate::supervise::Leftovers;
 /// The socket cannot be used, or the device cannot be built.
 pub fn run(args: &DeviceArgs) -> Result<()> {
     let stop = Stop::new()?;
-    stop.on_signals()?;
+    stop.on_signals(args.supervised.supervised)?;
     let _leftovers = Leftovers::new(&args.supervised, &stop);
     let config = config(args);
     let function = match args.model {

@@ -23,7 +23,7 @@ const RECLAIM_PERIOD: Duration = Duration::from_millis(20);
 pub fn run(args: &HostArgs) -> Result<()> {
     let stop = Stop::new()?;
     ::host::notifier::count_allocations_by(crate::allocations::of_this_thread);
-    stop.on_signals()?;
+    stop.on_signals(args.supervised.supervised)?;
     let _leftovers = Leftovers::new(&args.supervised, &stop);
     let mut config = HostConfig::new(&args.socket, &args.device);
     config.uffd_mode = args.uffd_mode.into();

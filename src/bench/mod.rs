@@ -31,7 +31,7 @@ const CELL_LIMIT: Duration = Duration::from_secs(120);
 /// A process cannot be started, or ends early.
 pub fn invalidate(args: &BenchArgs, out: &mut impl Write) -> Result<()> {
     let stop = Stop::new()?;
-    stop.on_signals()?;
+    stop.on_signals(false)?;
     let modes = match args.uffd_mode {
         Some(mode) => vec![mode],
         None => vec![UffdModeName::Wp, UffdModeName::Missing],
