@@ -164,6 +164,8 @@ fn test_s9_reclaim_when_a_peer_has_attached_is_refused_and_sends_nothing() {
     let mut byte = [0];
     let got = rustix::net::recv(&theirs, &mut byte[..], rustix::net::RecvFlags::DONTWAIT);
     assert_eq!(got.unwrap_err(), rustix::io::Errno::AGAIN, "no message");
+    // It has nothing, and says so by hanging up.
+    drop(theirs);
     assert!(xpmem.detach(&link, &b.token));
     assert!(matches!(
         b.reclaimer.reclaim_one(&b.token).unwrap(),
