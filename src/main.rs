@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 fine, 1 error, 2 wrong usage, 3 a stale access was found.
 
+mod bench;
 mod cli;
 mod demo;
 mod device;
@@ -45,6 +46,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Some(Command::Device(args)) => device::run(&args).map(done),
         Some(Command::Host(args)) => host::run(&args).map(done),
         Some(Command::Bench(BenchCommand::Invalidate(_args))) => anyhow::bail!("bench"),
+        Some(Command::Bench(BenchCommand::Mmio(args))) => bench::mmio::run(&args, &mut out).map(done),
+        Some(Command::BenchEcho(args)) => bench::mmio::echo::run(&args).map(done),
         Some(Command::Inspect(args)) => inspect::run(&args, &mut out).map(done),
         Some(Command::Application(args)) => demo::application::run(&args).map(done),
         Some(Command::Peer(args)) => demo::peer::run(&args).map(done),

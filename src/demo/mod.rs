@@ -67,6 +67,8 @@ pub enum Verdict {
 macro_rules! args {
     ($($arg:expr),* $(,)?) => { vec![$(OsString::from($arg)),*] };
 }
+pub(crate) use args;
+
 /// The value's name on the command line.
 pub(crate) fn name(value: impl ValueEnum) -> String {
     value

@@ -11,7 +11,7 @@ use zerocopy::IntoBytes;
 
 use super::ServerOptions;
 use super::dispatch::{Refusal, ReplyBuffer, ReplyFds};
-use super::frame::{self, Ended, Fds, MAX_FDS};
+use super::frame::{self, Ended, Fds, MAX_FDS, Receiver};
 use crate::pci::Function;
 
 /// Refusals of one connection that are logged as warnings; later ones only at debug level, as a client can
@@ -31,8 +31,7 @@ pub(super) struct Connection<'f> {
     socket: Arc<OwnedFd>,
     session: Session<'f>,
     stopping: &'f AtomicBool,
-    /// The body being read: grows to the largest message seen, which is bounded.
-    body: Vec<u8>,
+    receiver: Receiver,
     reply: ReplyBuffer,
     fds: Fds,
     refusals: u64,
@@ -53,7 +52,7 @@ impl<'f> Connection<'f> {
                 negotiated: None,
             },
             stopping,
-            body: Vec::new(),
+            receiver: Receiver::new(options.busy_poll),
             reply: ReplyBuffer::default(),
             fds: Fds::default(),
             refusals: 0,
@@ -86,8 +85,7 @@ impl<'f> Connection<'f> {
 
     fn one_message(&mut self) -> Result<(), Ended> {
         let timeout = self.session.options.client_timeout;
-        self.fds.clear();
-        let header = frame::recv_header(&self.socket, &mut self.fds, timeout)?;
+        let header = self.receiver.next(&self.socket, &mut self.fds, timeout)?;
         // Head of a region access, and its data: nothing is longer.
         let limit = Header::SIZE + 16 + self.session.options.max_data_xfer_size as usize;
         let len = match header.payload_len(limit) {
@@ -98,17 +96,14 @@ impl<'f> Connection<'f> {
                 return Err(error.into());
             }
         };
-        if self.body.len() < len {
-            self.body.resize(len, 0);
-        }
-        frame::recv_body(&self.socket, &mut self.body[..len], timeout)?;
+        let body = self.receiver.body(&self.socket, len, &mut self.fds, timeout)?;
 
         self.reply.clear();
         let outcome = match header.flags.message_type() {
             MessageType::Command if self.fds.overflow => Err(Refusal::TooManyFds(MAX_FDS)),
             MessageType::Command => {
                 self.session
-                    .dispatch(&header, &self.body[..len], &mut self.fds, &mut self.reply)
+                    .dispatch(&header, body, &mut self.fds, &mut self.reply)
             }
             // Never answer an answer.
             MessageType::Reply => {
