@@ -101,10 +101,9 @@ impl<'f> Connection<'f> {
         self.reply.clear();
         let outcome = match header.flags.message_type() {
             MessageType::Command if self.fds.overflow => Err(Refusal::TooManyFds(MAX_FDS)),
-            MessageType::Command => {
-                self.session
-                    .dispatch(&header, body, &mut self.fds, &mut self.reply)
-            }
+            MessageType::Command => self
+                .session
+                .dispatch(&header, body, &mut self.fds, &mut self.reply),
             // Never answer an answer.
             MessageType::Reply => {
                 self.log_refusal(&header, &Refusal::UnexpectedReply);

@@ -146,7 +146,13 @@ fn measure(
     pin(here)?;
     let server = Wire::connect(&socket, true)?;
     server.negotiate()?;
-    result.push(bench.round_trips(Case::ReadPolling, "tlbridge", &server, &wire::read(GRU_PLACE), true)?);
+    result.push(bench.round_trips(
+        Case::ReadPolling,
+        "tlbridge",
+        &server,
+        &wire::read(GRU_PLACE),
+        true,
+    )?);
     drop(server);
     device.end_cleanly()?;
     bench.floor.end_cleanly()
@@ -238,13 +244,20 @@ impl<'a> Bench<'a> {
                 wire.receive(&mut answer[..exchange.answer])
             })
         };
-        self.interleave(case, subject, |latency| on(&floor, latency), |latency| on(server, latency))
+        self.interleave(
+            case,
+            subject,
+            |latency| on(&floor, latency),
+            |latency| on(server, latency),
+        )
     }
 
     /// Through this project's client, against the same floor.
     fn client(&self, socket: &Path) -> Result<Row> {
         let client = VfioUserClient::connect(socket).context("cannot attach")?;
-        client.config_write(4, &2u16.to_le_bytes()).context("memory space enable")?;
+        client
+            .config_write(4, &2u16.to_le_bytes())
+            .context("memory space enable")?;
         let exchange = wire::read(GRU_PLACE);
         let floor = self.floor(exchange.request.len(), exchange.answer, 1, false)?;
         let on_floor = |latency: &mut Latency| {

@@ -123,7 +123,11 @@ fn head(place: Place) -> RegionAccess {
 /// REGION_READ of 4 bytes.
 pub fn read(place: Place) -> Exchange {
     Exchange {
-        request: message(Command::REGION_READ, MessageFlags::COMMAND, head(place).as_bytes()),
+        request: message(
+            Command::REGION_READ,
+            MessageFlags::COMMAND,
+            head(place).as_bytes(),
+        ),
         answer: LONG,
     }
 }
