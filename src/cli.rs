@@ -40,6 +40,8 @@ pub enum Command {
     /// Measure.
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Check any vfio-user server against the specification.
+    Conformance(ConformanceArgs),
     /// Print the statistics of a running host daemon.
     Inspect(InspectArgs),
     /// The demo's application (started by the demo).
@@ -329,6 +331,30 @@ pub struct BenchArgs {
     /// Seed of the bootstrap.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
+}
+
+/// Options of `conformance`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Each case is one rule of QEMU's docs/interop/vfio-user.rst, with its section. docs/conformance.md describes the
+facts. Exit codes: 0 no case failed, 1 a case failed or the server cannot be reached.
+
+Example:
+  tlbridge device --model gru --socket /tmp/d/gru.sock &
+  tlbridge conformance --socket /tmp/d/gru.sock --facts docs/conformance-gru.json")]
+pub struct ConformanceArgs {
+    /// The server's socket. Nobody else may be connected.
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// What the suite may do to the device and expect of it; without them fewer cases apply.
+    #[arg(long, value_name = "FILE.json")]
+    pub facts: Option<PathBuf>,
+    /// Only cases whose name contains this.
+    #[arg(long, value_name = "TEXT")]
+    pub only: Option<String>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Options of `inspect`.

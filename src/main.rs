@@ -4,6 +4,7 @@
 
 mod bench;
 mod cli;
+mod conformance;
 mod demo;
 mod device;
 mod host;
@@ -48,6 +49,10 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Some(Command::Bench(BenchCommand::Invalidate(_args))) => anyhow::bail!("bench"),
         Some(Command::Bench(BenchCommand::Mmio(args))) => bench::mmio::run(&args, &mut out).map(done),
         Some(Command::BenchEcho(args)) => bench::mmio::echo::run(&args).map(done),
+        Some(Command::Conformance(args)) => conformance::run(&args, &mut out).map(|good| match good {
+            true => ExitCode::SUCCESS,
+            false => ExitCode::from(1),
+        }),
         Some(Command::Inspect(args)) => inspect::run(&args, &mut out).map(done),
         Some(Command::Application(args)) => demo::application::run(&args).map(done),
         Some(Command::Peer(args)) => demo::peer::run(&args).map(done),
