@@ -21,7 +21,7 @@ use crate::supervise::Leftovers;
 pub fn run(args: &DeviceArgs) -> Result<()> {
     let stop = Stop::new()?;
     stop.on_signals()?;
-    let _leftovers = Leftovers(args.supervised.private_dir.iter().cloned().collect());
+    let _leftovers = Leftovers::new(&args.supervised, &stop);
     let config = config(args);
     let function = match args.model {
         ModelName::Gru => {

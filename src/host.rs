@@ -23,7 +23,7 @@ const RECLAIM_PERIOD: Duration = Duration::from_millis(20);
 pub fn run(args: &HostArgs) -> Result<()> {
     let stop = Stop::new()?;
     stop.on_signals()?;
-    let _leftovers = Leftovers(args.supervised.private_dir.iter().cloned().collect());
+    let _leftovers = Leftovers::new(&args.supervised, &stop);
     let mut config = HostConfig::new(&args.socket, &args.device);
     config.uffd_mode = args.uffd_mode.into();
     config.fence_timeout = Duration::from_secs(args.fence_timeout);

@@ -13,10 +13,14 @@ use rustix::process::Signal;
 /// Time that a process has for its clean-up after its supervisor is gone.
 const LAST_RESORT: Duration = Duration::from_secs(10);
 
+/// What a supervisor says before it closes stdin. The end of stdin without it: the supervisor is gone.
+pub const DISMISSAL: &str = "bye";
+
 /// Asked to end, or not yet. Clones share the state.
 #[derive(Debug, Clone)]
 pub struct Stop {
     requested: Arc<AtomicBool>,
+    dismissed: Arc<AtomicBool>,
     event: Arc<OwnedFd>,
 }
 
@@ -29,6 +33,7 @@ impl Stop {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("eventfd")?;
         Ok(Self {
             requested: Arc::default(),
+            dismissed: Arc::default(),
             event: Arc::new(event),
         })
     }
@@ -43,6 +48,12 @@ impl Stop {
     /// Whether somebody has asked.
     pub fn requested(&self) -> bool {
         self.requested.load(Ordering::SeqCst)
+    }
+
+    /// Whether the supervisor itself has said that this process is to end: then it is there and cleans up
+    /// after all of them.
+    pub fn dismissed(&self) -> bool {
+        self.dismissed.load(Ordering::SeqCst)
     }
 
     /// Waits until somebody asks, at most for `time`. Returns [`Stop::requested`].
@@ -92,12 +103,14 @@ impl Stop {
         let stop = self.clone();
         let watch = move || {
             runtime.block_on(async {
-                loop {
+                // Counted here and not by `requested`: the supervisor's death is both the end of stdin and
+                // a signal, and must not cut the clean-up short.
+                for signals in 0.. {
                     tokio::select! {
                         _ = interrupt.recv() => {}
                         _ = terminate.recv() => {}
                     }
-                    if stop.requested() {
+                    if signals > 0 {
                         std::process::exit(1);
                     }
                     stop.request();
@@ -137,6 +150,10 @@ pub fn obey(stop: &Stop, answer: impl Fn(&str) -> serde_json::Value + Send + 'st
     let listen = move || {
         for line in io::stdin().lock().lines() {
             let Ok(line) = line else { break };
+            if line == DISMISSAL {
+                stop.dismissed.store(true, Ordering::SeqCst);
+                break;
+            }
             say(&answer(&line));
         }
         stop.request();

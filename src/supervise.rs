@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -12,7 +13,8 @@ use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use crate::stop::Stop;
+use crate::cli::Supervised;
+use crate::stop::{DISMISSAL, Stop};
 
 /// Time that a child has to come up.
 pub const START_LIMIT: Duration = Duration::from_secs(20);
@@ -102,10 +104,10 @@ impl Service {
     pub fn expect(&mut self, key: &str, limit: Duration, stop: &Stop) -> Result<serde_json::Value> {
         let deadline = Instant::now() + limit;
         loop {
-            if let Some(mut value) = self.next(Duration::from_millis(100))? {
-                if let Some(found) = value.get_mut(key) {
-                    return Ok(found.take());
-                }
+            if let Some(mut value) = self.next(Duration::from_millis(100))?
+                && let Some(found) = value.get_mut(key)
+            {
+                return Ok(found.take());
             }
             if stop.requested() {
                 bail!("interrupted while waiting for the {} process", self.name);
@@ -156,7 +158,10 @@ impl Service {
     }
 
     fn finish(&mut self) -> Result<ExitStatus> {
-        drop(self.stdin.take());
+        if let Some(mut stdin) = self.stdin.take() {
+            // A child that is gone does not read it, and is found out below.
+            let _ = writeln!(stdin, "{DISMISSAL}");
+        }
         if let Some(status) = self.child.try_wait()? {
             return Ok(status);
         }
@@ -193,17 +198,38 @@ impl Drop for Service {
     }
 }
 
-/// Removes what a supervised process leaves in the supervisor's private directory; the last one to end
-/// removes the directory (the supervisor itself may have been killed).
+/// The clean-up of a supervised process. Its supervisor removes the private directory; when that was killed,
+/// the process that ends last does it.
 #[derive(Debug)]
-pub struct Leftovers(pub Vec<std::path::PathBuf>);
+pub struct Leftovers {
+    directory: Option<PathBuf>,
+    stop: Stop,
+}
+
+impl Leftovers {
+    /// Of a process with these options.
+    pub fn new(options: &Supervised, stop: &Stop) -> Self {
+        Self {
+            directory: options.private_dir.clone(),
+            stop: stop.clone(),
+        }
+    }
+}
 
 impl Drop for Leftovers {
     fn drop(&mut self) {
-        for path in &self.0 {
-            // Either may be gone already, or still be used by another process.
-            let _ = std::fs::remove_file(path);
-            let _ = std::fs::remove_dir(path);
+        let Some(directory) = &self.directory else { return };
+        if self.stop.dismissed() {
+            return;
         }
+        // Nobody connects any more. Another process may be removing the same things, or have been killed
+        // before it could.
+        for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+            if entry.path().extension().is_some_and(|e| e == "sock") {
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
+        let result = std::fs::remove_dir(directory);
+        tracing::info!(directory = %directory.display(), ?result, "cleaned up after a supervisor that is gone");
     }
 }

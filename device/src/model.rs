@@ -129,7 +129,7 @@ pub trait Model: Send + Sync + std::fmt::Debug {
     }
     /// Device reset (vfio-user DEVICE_RESET, or the client is gone). When it returns no engine touches
     /// client memory, every cache is empty and registers have their reset values. Bounded in time: at
-    /// most one chunk's copy for each engine.
+    /// most one chunk's copy, or one fill that makes its pages present, for each engine.
     fn reset(&self);
     /// State for `tlbridge inspect` and for error reports.
     fn dump(&self) -> serde_json::Value {

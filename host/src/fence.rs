@@ -142,11 +142,27 @@ impl Fence {
         &self,
         peer: &Peer,
         channel: BorrowedFd<'_>,
+        token: &MaySleep,
+        look: impl FnMut() -> Progress<R>,
+    ) -> io::Result<Outcome<R>> {
+        self.wait_since(Instant::now(), peer, channel, token, look)
+    }
+
+    /// As [`Self::wait`], for a peer that was asked at `asked`: several that were asked together get one timeout
+    /// together, not one after the other.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub fn wait_since<R>(
+        &self,
+        asked: Instant,
+        peer: &Peer,
+        channel: BorrowedFd<'_>,
         _token: &MaySleep,
         mut look: impl FnMut() -> Progress<R>,
     ) -> io::Result<Outcome<R>> {
         might_sleep("Fence::wait");
-        let deadline = self.timeout.map(|timeout| Instant::now() + timeout);
+        let deadline = self.timeout.map(|timeout| asked + timeout);
         loop {
             let interest = match look() {
                 Progress::Reply(reply) => return Ok(Outcome::Replied(reply)),

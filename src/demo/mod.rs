@@ -65,7 +65,7 @@ pub enum Verdict {
 
 /// Arguments of a child, of whatever type.
 macro_rules! args {
-    ($($arg:expr),* $(,)?) => { vec![$(OsString::from($arg)),*] };
+    ($($arg:expr),* $(,)?) => { vec![$(std::ffi::OsString::from($arg)),*] };
 }
 pub(crate) use args;
 
@@ -84,13 +84,13 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     device.expect("ready", START_LIMIT, stop)?;
     let mut host = Service::start("host daemon", host_args(args, dir, &device_socket, &host_socket))?;
     host.expect("ready", START_LIMIT, stop)?;
-    let mut application = Service::start("application", application_args(args, &host_socket))?;
+    let mut application = Service::start("application", application_args(args, dir, &host_socket))?;
     let ready = application.expect("ready", START_LIMIT, stop)?;
     let mut peer = match args.no_peer {
         true => None,
         false => Some(Service::start(
             "xpmem peer",
-            peer_args(&application, &ready, &host_socket)?,
+            peer_args(&application, &ready, dir, &host_socket)?,
         )?),
     };
     if let Some(peer) = &mut peer {
@@ -205,7 +205,7 @@ fn host_args(args: &DemoArgs, dir: &Path, device: &Path, socket: &Path) -> Vec<O
     list
 }
 
-fn peer_args(application: &Service, ready: &Value, socket: &Path) -> Result<Vec<OsString>> {
+fn peer_args(application: &Service, ready: &Value, dir: &Path, socket: &Path) -> Result<Vec<OsString>> {
     let address = |key: &str| {
         ready[key]
             .as_u64()
@@ -214,6 +214,8 @@ fn peer_args(application: &Service, ready: &Value, socket: &Path) -> Result<Vec<
     };
     Ok(args![
         "peer",
+        "--private-dir",
+        dir,
         "--socket",
         socket,
         "--pid",
@@ -225,7 +227,7 @@ fn peer_args(application: &Service, ready: &Value, socket: &Path) -> Result<Vec<
     ])
 }
 
-fn application_args(args: &DemoArgs, socket: &Path) -> Vec<OsString> {
+fn application_args(args: &DemoArgs, dir: &Path, socket: &Path) -> Vec<OsString> {
     let (raw_every, probe_every, aim_every) = match args.break_check.or(args.delay) {
         None => (3, 4, 6),
         // While the safety net is delayed nothing can be filled: with many raw calls nothing would run.
@@ -237,6 +239,8 @@ fn application_args(args: &DemoArgs, socket: &Path) -> Vec<OsString> {
     };
     args![
         "application",
+        "--private-dir",
+        dir,
         "--socket",
         socket,
         "--seconds",

@@ -12,6 +12,7 @@ use serde_json::json;
 use super::application::{Random, is_poison};
 use crate::cli::PeerArgs;
 use crate::stop::{self, Stop};
+use crate::supervise::Leftovers;
 
 /// Pause between two reads: the peer is to be a subscriber, not a load.
 const PAUSE: Duration = Duration::from_micros(500);
@@ -29,6 +30,7 @@ struct Counts {
 /// It cannot attach, or the daemon goes away.
 pub fn run(args: &PeerArgs) -> Result<()> {
     let stop = Stop::new()?;
+    let _leftovers = Leftovers::new(&args.supervised, &stop);
     stop.on_signals()?;
     let peer = Arc::new(Peer::attach(&args.socket, args.pid, args.start, args.end)?);
     let counts = Arc::new(Counts::default());

@@ -478,6 +478,9 @@ fn app(daemon: &Daemon, role: &str) -> Role {
 
 #[test]
 fn test_s2_covered_calls_when_they_have_returned_leave_no_translation() {
+    if e2e::skipped() {
+        return;
+    }
     let daemon = Daemon::start(in_process_device().0, |_| {});
     app(&daemon, "exact").wait_ok();
     daemon.wait_clean();
@@ -485,6 +488,9 @@ fn test_s2_covered_calls_when_they_have_returned_leave_no_translation() {
 
 #[test]
 fn test_s2_covered_calls_when_mode_is_missing_and_pages_are_large_leave_no_translation() {
+    if e2e::skipped() {
+        return;
+    }
     let daemon = Daemon::start(in_process_device().0, |config| {
         config.uffd_mode = UffdMode::Missing;
         config.large_pages = true;
@@ -495,6 +501,9 @@ fn test_s2_covered_calls_when_mode_is_missing_and_pages_are_large_leave_no_trans
 
 #[test]
 fn test_safety_net_when_calls_are_raw_leaves_no_translation() {
+    if e2e::skipped() {
+        return;
+    }
     for mode in [UffdMode::Wp, UffdMode::Missing] {
         let daemon = Daemon::start(in_process_device().0, |config| config.uffd_mode = mode);
         app(&daemon, "raw").wait_ok();
@@ -504,6 +513,9 @@ fn test_safety_net_when_calls_are_raw_leaves_no_translation() {
 
 #[test]
 fn test_safety_net_when_broken_lets_the_device_use_unmapped_memory() {
+    if e2e::skipped() {
+        return;
+    }
     let delay = Duration::from_millis(300);
     let stale = |broken| {
         let daemon = Daemon::start(in_process_device().0, |config| {
@@ -525,6 +537,9 @@ fn test_safety_net_when_broken_lets_the_device_use_unmapped_memory() {
 
 #[test]
 fn test_s1_storm_when_mappings_change_under_the_device_uses_no_old_generation() {
+    if e2e::skipped() {
+        return;
+    }
     let daemon = Daemon::start(in_process_device().0, |_| {});
     app(&daemon, "storm").wait_ok();
     daemon.wait_clean();
@@ -532,6 +547,9 @@ fn test_s1_storm_when_mappings_change_under_the_device_uses_no_old_generation() 
 
 #[test]
 fn test_fork_when_child_unmaps_leaves_the_parent_alone() {
+    if e2e::skipped() {
+        return;
+    }
     let daemon = Daemon::start(in_process_device().0, |_| {});
     app(&daemon, "fork").wait_ok();
     daemon.wait_clean();
@@ -539,6 +557,9 @@ fn test_fork_when_child_unmaps_leaves_the_parent_alone() {
 
 #[test]
 fn test_misses_when_user_polls_are_served() {
+    if e2e::skipped() {
+        return;
+    }
     let daemon = Daemon::start(in_process_device().0, |_| {});
     app(&daemon, "polling").wait_ok();
     daemon.wait_clean();
@@ -546,6 +567,9 @@ fn test_misses_when_user_polls_are_served() {
 
 #[test]
 fn test_reclaimer_when_memory_is_purgeable_discards_it_and_only_it() {
+    if e2e::skipped() {
+        return;
+    }
     let daemon = Daemon::start(in_process_device().0, |config| {
         config.reclaim = Some(ReclaimConfig {
             period: Duration::from_millis(1),
@@ -558,6 +582,9 @@ fn test_reclaimer_when_memory_is_purgeable_discards_it_and_only_it() {
 
 #[test]
 fn test_session_when_application_is_killed_leaves_nothing() {
+    if e2e::skipped() {
+        return;
+    }
     let daemon = Daemon::start(in_process_device().0, |_| {});
     let mut apps: Vec<_> = (0..3).map(|_| app(&daemon, "waits")).collect();
     for app in &mut apps {
@@ -575,6 +602,9 @@ fn test_session_when_application_is_killed_leaves_nothing() {
 
 #[test]
 fn test_application_when_daemon_stops_goes_on_without_it() {
+    if e2e::skipped() {
+        return;
+    }
     let daemon = Daemon::start(in_process_device().0, |_| {});
     let mut app = app(&daemon, "waits");
     app.next();
@@ -588,6 +618,9 @@ fn test_application_when_daemon_stops_goes_on_without_it() {
 
 #[test]
 fn test_daemon_when_device_dies_ends_with_an_error_that_names_it() {
+    if e2e::skipped() {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("device");
     let mut device = Role::start("role_entry", "device", &path);
@@ -615,6 +648,9 @@ fn test_daemon_when_device_dies_ends_with_an_error_that_names_it() {
 
 #[test]
 fn test_device_when_stopped_in_a_flush_is_fenced() {
+    if e2e::skipped() {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("device");
     let mut device = Role::start("role_entry", "device", &path);
@@ -623,7 +659,7 @@ fn test_device_when_stopped_in_a_flush_is_fenced() {
     let mut app = app(&daemon, "waits");
     app.next();
     app.expect("ready");
-    device.signal(Signal::STOP);
+    device.freeze();
     // Its munmap needs a flush, which the stopped device does not answer.
     app.go_on();
     let error = daemon.wait().unwrap_err();
@@ -645,6 +681,9 @@ fn start_peer(daemon: &Daemon, pid: u32, range: &str) -> Role {
 
 #[test]
 fn test_peer_when_range_is_unmapped_has_unmapped_it_before_the_call_returns() {
+    if e2e::skipped() {
+        return;
+    }
     let daemon = Daemon::start(in_process_device().0, |_| {});
     let mut app = app(&daemon, "waits");
     let range = app.next();
@@ -665,6 +704,9 @@ fn test_peer_when_range_is_unmapped_has_unmapped_it_before_the_call_returns() {
 
 #[test]
 fn test_peer_when_stopped_is_fenced_and_the_call_returns() {
+    if e2e::skipped() {
+        return;
+    }
     let daemon = Daemon::start(in_process_device().0, |config| {
         config.fence_timeout = Duration::from_millis(500);
     });
@@ -673,7 +715,7 @@ fn test_peer_when_stopped_is_fenced_and_the_call_returns() {
     app.expect("ready");
     let mut peer = start_peer(&daemon, app.pid(), &range);
     peer.expect("attached");
-    peer.signal(Signal::STOP);
+    peer.freeze();
     app.go_on();
     app.expect("alive");
     app.wait_ok();

@@ -86,15 +86,21 @@ mod broken {
         drain: true,
     };
 
+    /// A stale access shows only if the thread that moves the page gets the CPU within the delay's margin, which
+    /// a busy machine may not grant in one storm.
+    fn finds(broken: BreakPlan) -> bool {
+        (0..5).any(|_| storm(broken, broken).is_err())
+    }
+
     #[test]
     fn test_storm_when_kill_bit_is_off_finds_stale_accesses() {
-        assert!(storm(KILL_BIT, KILL_BIT).is_err());
+        assert!(finds(KILL_BIT));
         assert!(storm(BreakPlan::default(), KILL_BIT).is_ok(), "the delay alone");
     }
 
     #[test]
     fn test_storm_when_drain_is_off_finds_stale_accesses() {
-        assert!(storm(DRAIN, DRAIN).is_err());
+        assert!(finds(DRAIN));
         assert!(storm(BreakPlan::default(), DRAIN).is_ok(), "the delay alone");
     }
 

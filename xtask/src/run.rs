@@ -48,7 +48,7 @@ impl Totals {
                     }
                 }
             }
-        } else if let Some(reason) = line.trim_start().strip_prefix("SKIP: ") {
+        } else if let Some(reason) = skip_reason(line) {
             self.skips.push(reason.to_owned());
         } else if let Some(name) = line
             .strip_prefix("test ")
@@ -152,6 +152,13 @@ pub fn step(name: &str, command: &mut Command, log: &Path, limit: Duration) -> a
     })
 }
 
+/// What a test says that it left out: `SKIP: reason` or `SKIPPED...: reason` at the start of a line.
+fn skip_reason(line: &str) -> Option<&str> {
+    let line = line.trim_start();
+    line.starts_with("SKIP")
+        .then(|| line.split_once(": ").map_or(line, |(_, reason)| reason))
+}
+
 fn worth_showing(line: &str) -> bool {
     let quiet = [
         "   Compiling",
@@ -167,6 +174,6 @@ fn worth_showing(line: &str) -> bool {
             || line.contains("error")
             || line.contains("warning")
             || line.contains("panicked")
-            || line.contains("SKIP:")
+            || skip_reason(line).is_some()
             || line.starts_with("     Running"))
 }

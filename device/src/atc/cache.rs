@@ -165,9 +165,17 @@ impl Atc {
             return Err(FillRefused::NoTicket);
         };
         let va = fill.size.base(fill.va);
-        self.enter(ticket, va, miss.va, &fill).inspect_err(|refused| {
-            if matches!(refused, FillRefused::Target(_)) {
-                self.core.count_refused();
+        self.enter(ticket, va, miss.va, &fill).map_err(|refused| {
+            let FillRefused::Target(_) = refused else {
+                return refused;
+            };
+            self.core.count_refused();
+            // Software that invalidates a range and then takes its memory away has done nothing wrong, though an
+            // answer that it prepared before still names that memory.
+            match self.purge_progress(ticket, &fill) {
+                PurgeProgress::None => refused,
+                PurgeProgress::Running => FillRefused::Purging,
+                PurgeProgress::Finished => FillRefused::Killed,
             }
         })
     }

@@ -8,6 +8,8 @@
 //! Limits: a client that truncates a mapped file takes the pages away from under the device; the
 //! kernel answers with SIGBUS, as it does to the client itself. [`MappingInfo::sealed`] tells which
 //! mappings cannot be truncated.
+//! A client that maps a file whose file system does not answer (FUSE, a dead network server) keeps
+//! accesses, and with them drains, unmaps and resets, waiting for it.
 
 mod copy;
 mod mapping;

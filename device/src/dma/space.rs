@@ -99,7 +99,8 @@ impl Space {
         self.table.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Let the device reach `[offset, offset + len)` of a file at `iova`.
+    /// Let the device reach `[offset, offset + len)` of a file at `iova`. Waits for fills that are making their
+    /// pages present (at most [`super::POPULATE_LIMIT`] each).
     ///
     /// # Errors
     /// [`DmaError`]: nothing has changed then.

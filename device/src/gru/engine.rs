@@ -62,8 +62,23 @@ impl Spin {
     }
 }
 
+/// An engine that dies (a broken invariant) still counts as awake: nobody would ring, and the device would live on
+/// without an answer. Its peers understand the end of the process; they wait for ever for a silent one.
+#[derive(Debug)]
+struct Vital;
+
+impl Drop for Vital {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!("a GRU engine died; the device process ends");
+            std::process::abort();
+        }
+    }
+}
+
 /// Body of an engine thread.
 pub(super) fn run(hardware: &Arc<Hardware>, mut bench: Bench) {
+    let _vital = Vital;
     let wake = &hardware.wake;
     let mut spin = Spin::new(hardware.config.spin);
     let mut passes = 0u32;
@@ -81,13 +96,13 @@ pub(super) fn run(hardware: &Arc<Hardware>, mut bench: Bench) {
         if !wake.others_awake() && spin.again() {
             continue;
         }
-        wake.leave();
+        wake.doze();
         // Whoever stored before the count was lowered did not ring.
         if !hardware.work_waits() {
             wake.sleep(hardware.next_look());
         }
         full = true;
-        wake.enter();
+        wake.come_back();
     }
     wake.pass_on_stop();
 }

@@ -86,6 +86,10 @@ impl Hardware {
         let mut worked = false;
         for (half, map) in maps.iter().enumerate() {
             for bit in bits(map.load(Ordering::Acquire)) {
+                // A reset waits for one fill at most, not for a chiplet's worth of them.
+                if self.pausing.load(Ordering::Relaxed) {
+                    return worked;
+                }
                 let cbr = half * 64 + bit;
                 if self.tfh_commanded(chiplet, cbr) {
                     worked |= self.tfh_execute(chiplet, cbr);

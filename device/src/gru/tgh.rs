@@ -64,14 +64,18 @@ impl Hardware {
         worked
     }
 
-    /// Whether a TGH waits for an engine.
+    /// Whether a TGH waits for an engine. One that an engine has claimed does not: that engine looks again before it
+    /// sleeps, and others must not take the CPU from the access that its drain waits for.
     pub(super) fn tgh_waiting(&self, chiplet: &Chiplet) -> bool {
+        let claims = chiplet.tgh_claims.load(Ordering::SeqCst);
         let commanded = |handle| {
-            self.memory
-                .word(chiplet.tgh(handle) + tgh::CONTROL)
-                .load(Ordering::Relaxed)
-                & 1
-                != 0
+            claims >> handle & 1 == 0
+                && self
+                    .memory
+                    .word(chiplet.tgh(handle) + tgh::CONTROL)
+                    .load(Ordering::Relaxed)
+                    & 1
+                    != 0
         };
         (0..map::TGHS).any(commanded)
     }

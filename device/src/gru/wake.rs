@@ -4,17 +4,22 @@
 //! before they sleep. Software stores its command, fences, and rings only if it reads 0. An engine lowers the
 //! count, fences, and looks once more before it sleeps. So one of the two sees the other.
 //!
-//! Sleeping engines wait on one epoll instance that watches the doorbell's eventfd edge-triggered: a ring
-//! wakes exactly one of them, and the others go on listening. So an engine that is busy with something that may
-//! take long (a fill that populates pages, a park by the fault plan) just counts as asleep meanwhile.
+//! Sleeping engines wait on one epoll instance that watches two eventfds edge-triggered: a ring wakes exactly
+//! one of them, and the others go on listening. So an engine that is busy with something that may take long (a
+//! fill that populates pages, a park by the fault plan) just counts as asleep meanwhile.
+//!
+//! One eventfd is the client's doorbell, the other one the device's own bell. The client holds a duplicate of the
+//! doorbell: it can empty it, fill it up, or take its O_NONBLOCK away. Nothing that the device itself relies on
+//! goes through it, and the device never makes a call on it that can wait.
 
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use rustix::io::ReadWriteFlags;
 
 use protos::gru::pci;
 
@@ -24,8 +29,13 @@ use super::memory::BarMemory;
 #[derive(Debug)]
 pub(super) struct Wake {
     status: BarMemory,
+    /// Shared with the client.
     doorbell: OwnedFd,
+    /// The device's own.
+    bell: OwnedFd,
     sleepers: OwnedFd,
+    /// Engines that will hear a ring: from before their last look until they are back.
+    listening: AtomicU32,
     sleeping: AtomicU32,
     /// Engines awake. The published word is a copy that a client could spoil; it is written only under this
     /// lock, so it never lags behind.
@@ -44,13 +54,17 @@ impl Wake {
             .word(pci::STATUS_OFFSET + pci::STATUS_MAGIC)
             .store(pci::STATUS_MAGIC_VALUE, Ordering::Release);
         let doorbell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let sleepers = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&sleepers, &doorbell, epoll::EventData::new_u64(0), flags)?;
+        epoll::add(&sleepers, &bell, epoll::EventData::new_u64(1), flags)?;
         Ok(Self {
             status,
             doorbell,
+            bell,
             sleepers,
+            listening: AtomicU32::new(0),
             sleeping: AtomicU32::new(0),
             count: Mutex::new(0),
             awake: AtomicU32::new(0),
@@ -106,7 +120,7 @@ impl Wake {
         fence(Ordering::SeqCst);
         if self.awake.load(Ordering::SeqCst) == 0 {
             self.rings.fetch_add(1, Ordering::Relaxed);
-            self.write_doorbell();
+            self.write_bell();
         }
     }
 
@@ -115,9 +129,21 @@ impl Wake {
         self.change(1);
     }
 
-    /// The calling engine will not look again (before [`Wake::enter`]); the caller looks once more after this.
-    pub(super) fn leave(&self) {
+    fn leave(&self) {
         self.change(-1);
+    }
+
+    /// The calling engine will not look again before [`Wake::come_back`], except once: after this call and before
+    /// [`Wake::sleep`]. From here on it hears a [`Wake::call`], also one that comes during that look.
+    pub(super) fn doze(&self) {
+        self.listening.fetch_add(1, Ordering::SeqCst);
+        self.leave();
+    }
+
+    /// After [`Wake::doze`]: the calling engine looks at device memory again.
+    pub(super) fn come_back(&self) {
+        self.listening.fetch_sub(1, Ordering::SeqCst);
+        self.enter();
     }
 
     /// Engines that wait for a ring.
@@ -139,21 +165,21 @@ impl Wake {
         }
     }
 
-    /// Wakes one more engine, if one sleeps.
+    /// Wakes one more engine, if one sleeps or is about to.
     pub(super) fn call(&self) {
         fence(Ordering::SeqCst);
-        if self.sleeping.load(Ordering::SeqCst) > 0 {
-            self.write_doorbell();
+        if self.listening.load(Ordering::SeqCst) > 0 {
+            self.write_bell();
         }
     }
 
-    fn write_doorbell(&self) {
-        // EAGAIN means that the counter is full, which only a client can have done to its own doorbell.
-        let _ = rustix::io::write(&self.doorbell, &1u64.to_ne_bytes());
+    fn write_bell(&self) {
+        // Cannot fail: nobody else has this descriptor, and its counter never comes near its limit.
+        let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
     }
 
-    /// Sleeps until the doorbell rings, or `limit` (fault plans only) has passed. The caller has left, and has
-    /// looked once more since.
+    /// Sleeps until the doorbell or the bell rings, or `limit` (fault plans only) has passed. The caller dozes, and
+    /// has looked once more since.
     pub(super) fn sleep(&self, limit: Option<Duration>) {
         self.parks.fetch_add(1, Ordering::Relaxed);
         self.sleeping.fetch_add(1, Ordering::SeqCst);
@@ -168,8 +194,13 @@ impl Wake {
             }];
             // EINTR is a spurious wake.
             let _ = epoll::wait(&self.sleepers, &mut events, timeout.as_ref());
-            // Keeps the counter low. A ring that is swallowed here is answered by the look that follows.
-            let _ = rustix::io::read(&self.doorbell, &mut [0; 8]);
+            // Keeps the counters low. A ring that is swallowed here is answered by the look that follows.
+            let _ = rustix::io::read(&self.bell, &mut [0; 8]);
+            // Not `read`: whether that waits is the client's choice. (u64::MAX: a file without a position. Kernels
+            // before 5.8 refuse, and the counter stays as it is; each ring is an edge all the same.)
+            let mut count = [0; 8];
+            let mut into = [IoSliceMut::new(&mut count)];
+            let _ = rustix::io::preadv2(&self.doorbell, &mut into, u64::MAX, ReadWriteFlags::NOWAIT);
         }
         self.sleeping.fetch_sub(1, Ordering::SeqCst);
     }
@@ -177,16 +208,78 @@ impl Wake {
     /// Ends all sleep for good.
     pub(super) fn stop(&self) {
         self.stop.store(true, Ordering::SeqCst);
-        self.write_doorbell();
+        self.write_bell();
     }
 
     /// The calling engine ends because of [`Wake::stop`]: the next one is woken.
     pub(super) fn pass_on_stop(&self) {
         self.leave();
-        self.write_doorbell();
+        self.write_bell();
     }
 
     pub(super) fn stopping(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, mpsc};
+
+    use rustix::fs::{OFlags, fcntl_setfl};
+
+    use super::*;
+
+    fn wake() -> Arc<Wake> {
+        let status = BarMemory::new("test", pci::BAR_DOORBELL_SIZE).unwrap();
+        Arc::new(Wake::new(status).unwrap())
+    }
+
+    /// [`Wake::sleep`] without a limit has to end because something rang.
+    fn sleep_ends(wake: &Arc<Wake>) {
+        let (send, receive) = mpsc::channel();
+        let wake = Arc::clone(wake);
+        std::thread::spawn(move || {
+            wake.sleep(None);
+            let _ = send.send(());
+        });
+        receive
+            .recv_timeout(Duration::from_secs(20))
+            .expect("the engine sleeps on");
+    }
+
+    #[test]
+    fn test_hand_over_when_the_other_engine_has_just_looked_is_heard() {
+        let wake = wake();
+        wake.enter();
+        wake.enter();
+        // One engine has looked for the last time; software then stored (it saw the other one awake, so it did
+        // not ring), and that one is now busy for long.
+        wake.doze();
+        wake.hand_over(|| true);
+        sleep_ends(&wake);
+    }
+
+    #[test]
+    fn test_sleep_when_the_client_made_its_doorbell_blocking_or_full_hears_the_device() {
+        let wake = wake();
+        let client = wake.doorbell().try_clone_to_owned().unwrap();
+        fcntl_setfl(&client, OFlags::empty()).unwrap();
+        // Empty and blocking: a plain read of it would wait.
+        for _ in 0..3 {
+            wake.enter();
+            wake.doze();
+            wake.call();
+            sleep_ends(&wake);
+            wake.come_back();
+            wake.leave();
+        }
+        // Full: a write to it would wait. It is emptied for whoever comes next.
+        rustix::io::write(&client, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        wake.ring();
+        sleep_ends(&wake);
+        fcntl_setfl(&client, OFlags::NONBLOCK).unwrap();
+        rustix::io::write(&client, &1u64.to_ne_bytes()).expect("there is room again");
+        sleep_ends(&wake);
     }
 }

@@ -227,12 +227,16 @@ impl Interrupts {
         self.lock(vector).is_some_and(|vector| vector.pending)
     }
 
-    /// MSI-X function mask. Taking it away sends what is pending.
+    /// MSI-X function mask. When it is set and this returns, nothing is sent any more; taking it away sends what
+    /// is pending.
     pub fn set_function_mask(&self, masked: bool) {
         self.function_mask.store(masked, Ordering::SeqCst);
-        if !masked {
-            self.each(|vector| self.retry(vector));
-        }
+        // Masked: only passes through every lock, behind a trigger that had not seen the mask yet.
+        self.each(|vector| {
+            if !masked {
+                self.retry(vector);
+            }
+        });
     }
 
     /// Forget pending interrupts (device reset). Routing and masks stay.
@@ -501,6 +505,33 @@ mod tests {
         assert_eq!(count(&fd), 1);
         interrupts.unmask(0);
         assert_eq!(count(&fd), 1);
+    }
+
+    #[test]
+    fn test_function_mask_when_set_during_triggers_is_followed_by_no_interrupt() {
+        let interrupts = Interrupts::new(1);
+        let fd = routed(&interrupts, 0);
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    interrupts.trigger(0);
+                }
+            });
+            for _ in 0..2000 {
+                interrupts.set_function_mask(true);
+                count(&fd);
+                for _ in 0..20 {
+                    let late = count(&fd);
+                    if late != 0 {
+                        stop.store(true, Ordering::Relaxed);
+                        panic!("{late} interrupts after the mask was set");
+                    }
+                }
+                interrupts.set_function_mask(false);
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
     }
 
     #[test]

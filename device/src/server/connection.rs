@@ -107,10 +107,13 @@ impl<'f> Connection<'f> {
             // Never answer an answer.
             MessageType::Reply => {
                 self.log_refusal(&header, &Refusal::UnexpectedReply);
+                self.fds.clear();
                 return Ok(());
             }
             MessageType::Unknown(kind) => Err(Refusal::MessageType(kind)),
         };
+        // What nobody took is closed now, not when the next message comes.
+        self.fds.clear();
         match outcome {
             Err(refusal) => {
                 self.log_refusal(&header, &refusal);

@@ -447,13 +447,16 @@ pub(crate) fn renew_asids(core: &Core, space: &Arc<Space>) -> Result<(), GruErro
                 .is_some_and(|s| Arc::ptr_eq(s, space))
         };
         let slots: Vec<usize> = (0..CONTEXTS).filter(mine).collect();
-        let mut stopped: Vec<(usize, cch::Control, MutexGuard<'_, ()>)> = Vec::new();
+        // Also of a context that is in the tracker but not loaded yet: it would be started with the old number, and
+        // what is entered under that no flush would ever see again.
+        let mut held: Vec<MutexGuard<'_, ()>> = Vec::new();
+        let mut stopped: Vec<(usize, cch::Control)> = Vec::new();
         for context in slots {
-            let commands = lock(&chiplet.slots[context].commands);
+            held.push(lock(&chiplet.slots[context].commands));
             let control = lock(&chiplet.slots[context].loaded).as_ref().map(|l| l.control);
             if let Some(control) = control {
                 command(core, number, context, control, cch::Opc::INTERRUPT)?;
-                stopped.push((context, control, commands));
+                stopped.push((context, control));
             }
         }
         // Nothing of the address space runs on this chiplet now, so nothing can be entered between the
@@ -464,7 +467,7 @@ pub(crate) fn renew_asids(core: &Core, space: &Arc<Space>) -> Result<(), GruErro
             contexts: old.contexts,
             ..new
         });
-        for (context, control, _commands) in &stopped {
+        for (context, control) in &stopped {
             let at = handle(number, map::CCH, *context);
             core.io("writing asid[]", write_asids(core, at, track.asid))?;
             command(core, number, *context, *control, cch::Opc::START)?;
@@ -613,18 +616,20 @@ impl Inner {
         let stopped = self.stop();
         match &stopped {
             // Nothing runs there any more: the resources are free.
-            Ok(()) | Err(GruError::DeviceGone) => self.release(),
+            Ok(ran) => self.release(*ran),
+            Err(GruError::DeviceGone) => self.release(false),
             // The device may still use them: they stay taken. Flushes go on covering the context, because
             // its bit stays in the tracker.
             Err(_) => {}
         }
         match stopped {
             Err(GruError::DeviceGone) => Ok(()),
-            other => other,
+            other => other.map(drop),
         }
     }
 
-    fn stop(&self) -> Result<(), GruError> {
+    /// Whether it ran is the answer.
+    fn stop(&self) -> Result<bool, GruError> {
         let (core, grant) = (&*self.core, &self.grant);
         if core.is_gone() {
             return Err(GruError::DeviceGone);
@@ -632,7 +637,7 @@ impl Inner {
         let (control, started) = {
             let mut loaded = lock(&self.slot().loaded);
             let Some(loaded) = loaded.as_mut() else {
-                return Ok(());
+                return Ok(false);
             };
             loaded.closing = true;
             (loaded.control, loaded.started)
@@ -649,26 +654,120 @@ impl Inner {
                 cch::Opc::INTERRUPT_SYNC,
             )?;
         }
-        let track = self.space.trackers[grant.chiplet].get();
-        if track.contexts == 1 << grant.context {
-            // The last one here: leave no translation behind, so that the pager's owner may forget the
-            // address space without another flush.
-            flush::asid(core, &self.space, grant.chiplet);
-        }
         let mut loaded = lock(&self.slot().loaded);
         command(core, grant.chiplet, grant.context, control, cch::Opc::DEALLOCATE)?;
         *loaded = None;
         core.window.counters.contexts_unloaded.one();
-        Ok(())
+        Ok(started)
     }
 
-    fn release(&self) {
+    /// `ran`: the context has been started, and the device answers.
+    fn release(&self, ran: bool) {
+        let (core, grant) = (&*self.core, &self.grant);
         *lock(&self.slot().loaded) = None;
-        let mut resources = lock(&self.core.chiplets[self.grant.chiplet].resources);
-        self.space.trackers[self.grant.chiplet].update(|t| Track {
-            contexts: t.contexts & !(1 << self.grant.context),
-            ..t
+        let mut resources = lock(&core.chiplets[grant.chiplet].resources);
+        let left = self.space.trackers[grant.chiplet].update(|t| {
+            let contexts = t.contexts & !(1 << grant.context);
+            // Without an operation the number is forgotten, as by a flush that finds no context.
+            let asid = if contexts == 0 && !ran { 0 } else { t.asid };
+            Track { asid, contexts, ..t }
         });
-        resources.put(&self.grant);
+        if left.contexts == 0 {
+            // The last one here (the tracker decides, as two may be closing at once): leave no translation
+            // behind, so that the pager's owner may forget the address space without another flush. The number
+            // stays ours meanwhile: nobody is given one without the lock that is held here.
+            flush::asid(core, &self.space, grant.chiplet);
+        }
+        resources.put(grant);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use protos::gru::tgh;
+
+    use super::super::GruOptions;
+    use super::super::tests::{OnePage, Scripted, open, user_polling};
+    use super::*;
+
+    fn until(what: &str, done: impl Fn() -> bool) {
+        let begun = Instant::now();
+        while !done() {
+            assert!(begun.elapsed() < Duration::from_secs(20), "no {what}");
+            std::thread::yield_now();
+        }
+    }
+
+    /// A context between its two halves: in the tracker, not loaded.
+    fn half_created(mm: &Arc<Mm>) -> Inner {
+        Inner {
+            core: Arc::clone(&mm.gru.core),
+            space: Arc::clone(&mm.space),
+            grant: allocate(&mm.gru.core, &mm.space, &user_polling()).unwrap(),
+            closed: AtomicBool::new(false),
+        }
+    }
+
+    #[test]
+    fn test_s2_renew_when_a_context_is_being_created_starts_it_with_the_new_number() {
+        let device = Scripted::new();
+        let gru = open(&device, GruOptions::default());
+        let mm = gru.address_space(Arc::new(OnePage));
+        let inner = half_created(&mm);
+        let old = mm.asid(0).0;
+        device.tgh_hangs.store(true, Ordering::SeqCst);
+        std::thread::scope(|scope| {
+            let renewing = scope.spawn(|| mm.renew_asids());
+            until("TLBINV of the old number", || {
+                !device.commands(map::TGH, 24).is_empty()
+            });
+            let loading = scope.spawn(|| inner.load(super::FaultMode::UserPolling));
+            // Either it waits for the new number (then this wait ends by its limit), or it is loaded now.
+            let begun = Instant::now();
+            while !loading.is_finished() && begun.elapsed() < Duration::from_millis(300) {
+                std::thread::yield_now();
+            }
+            device.tgh_hangs.store(false, Ordering::SeqCst);
+            for (index, word) in device.commands(map::TGH, 24) {
+                let idle = tgh::Control::from_bits(word)
+                    .with_cmd(false)
+                    .with_status(HandleStatus::IDLE);
+                device.set(handle(0, map::TGH, index as usize), idle.into_bits());
+            }
+            renewing.join().unwrap().unwrap();
+            loading.join().unwrap().unwrap();
+        });
+        let new = mm.asid(0).0;
+        assert_ne!(new, old);
+        let loaded = lock(&device.words)[&(handle(0, map::CCH, 0) + cch::ASID)];
+        assert_eq!(
+            loaded as u32, new,
+            "flushes go to {new}, the context uses another one"
+        );
+        inner.unload().unwrap();
+    }
+
+    #[test]
+    fn test_s12_close_when_two_contexts_end_at_once_leaves_no_entry() {
+        let device = Scripted::new();
+        let gru = open(&device, GruOptions::default());
+        let mm = gru.address_space(Arc::new(OnePage));
+        let contexts = [half_created(&mm), half_created(&mm)];
+        for context in &contexts {
+            context.load(super::FaultMode::UserPolling).unwrap();
+        }
+        // Both have stopped before either has given its bit back.
+        let ran = contexts.each_ref().map(|context| context.stop().unwrap());
+        for (context, ran) in contexts.iter().zip(ran) {
+            context.release(ran);
+        }
+        assert_eq!(
+            device.commands(map::TGH, 24).len(),
+            1,
+            "the last one removes the entries"
+        );
+        assert_eq!(mm.asid(0).1, 0);
     }
 }

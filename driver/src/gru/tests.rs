@@ -20,11 +20,11 @@ type Write = (u64, u64);
 
 /// A device of words; commands are answered at once unless the script says otherwise.
 #[derive(Debug)]
-struct Scripted {
-    words: Mutex<HashMap<u64, u64>>,
+pub(super) struct Scripted {
+    pub(super) words: Mutex<HashMap<u64, u64>>,
     writes: Mutex<Vec<Write>>,
     /// TGH commands stay ACTIVE.
-    tgh_hangs: AtomicBool,
+    pub(super) tgh_hangs: AtomicBool,
     /// Every access fails.
     broken: AtomicBool,
     /// Readable when the "process" has ended.
@@ -34,7 +34,7 @@ struct Scripted {
 }
 
 impl Scripted {
-    fn new() -> Arc<Self> {
+    pub(super) fn new() -> Arc<Self> {
         Arc::new(Self {
             words: Mutex::default(),
             writes: Mutex::default(),
@@ -53,12 +53,12 @@ impl Scripted {
         Ok(())
     }
 
-    fn set(&self, offset: u64, value: u64) {
+    pub(super) fn set(&self, offset: u64, value: u64) {
         lock(&self.words).insert(offset, value);
     }
 
     /// Commands that were given to handles of a region, in order: (index, DW0).
-    fn commands(&self, region: u64, count: u64) -> Vec<(u64, u64)> {
+    pub(super) fn commands(&self, region: u64, count: u64) -> Vec<(u64, u64)> {
         let writes = lock(&self.writes);
         writes
             .iter()
@@ -206,7 +206,7 @@ impl Backing for Scripted {
 }
 
 /// Answers every miss with the same page.
-struct OnePage;
+pub(super) struct OnePage;
 
 const PAGE: Translation = Translation {
     iova: 0x5_0000_0000,
@@ -221,12 +221,12 @@ impl Pager for OnePage {
     }
 }
 
-fn open(device: &Arc<Scripted>, options: GruOptions) -> Arc<Gru> {
+pub(super) fn open(device: &Arc<Scripted>, options: GruOptions) -> Arc<Gru> {
     let backing: Arc<Scripted> = Arc::clone(device);
     Gru::open(backing, options).unwrap()
 }
 
-fn user_polling() -> ContextOptions {
+pub(super) fn user_polling() -> ContextOptions {
     ContextOptions {
         fault_mode: FaultMode::UserPolling,
         chiplet: Some(0),
@@ -281,7 +281,7 @@ fn test_context_when_loaded_and_closed_gives_the_commands_of_the_reference() {
         device.cch_operations(),
         [cch::Opc::INTERRUPT_SYNC, cch::Opc::DEALLOCATE]
     );
-    // The address space's entries went between the two.
+    // The address space's entries went, too: it was the last context.
     let flushes = device.commands(map::TGH, 24);
     assert_eq!(flushes.len(), 1);
     let at = handle(0, map::TGH, flushes[0].0 as usize);

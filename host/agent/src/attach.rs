@@ -237,6 +237,7 @@ fn map_table(fd: &OwnedFd) -> Result<*mut SharedTable> {
 fn reset(state: &State) {
     state.cause.store(0, Ordering::Relaxed);
     state.detaching.store(0, Ordering::Relaxed);
+    state.detaching_since_ms.store(0, Ordering::Relaxed);
     state.device_lost.store(0, Ordering::Relaxed);
     state.hung_up.store(0, Ordering::Relaxed);
     state.fencing_since_ms.store(0, Ordering::Relaxed);
@@ -283,6 +284,8 @@ pub(crate) fn detach() -> Result<()> {
     if !attached(state.phase()) || state.detaching.swap(1, Ordering::AcqRel) != 0 {
         return Err(AgentError::NotAttached);
     }
+    // A daemon that is stopped does not see the hang-up: the watchdog fences it, by this clock.
+    state.detaching_since_ms.store(sys::now_ms(), Ordering::Release);
     let control = state.control.load(Ordering::Acquire);
     let _ = rustix::net::shutdown(control::borrow(control), rustix::net::Shutdown::Both);
     // The daemon ends the session and closes its sockets; the watchdog sees that (or fences the daemon).

@@ -5,14 +5,11 @@ use crate::mailbox;
 use crate::range_lock::Held;
 use crate::state::{self, State, phase};
 use crate::sys::{self, SignalMask};
-use protos::bridge::shared::{SharedTable, buckets_of};
+use protos::bridge::shared::{SharedTable, USER_END, buckets_of};
 use std::sync::atomic::{AtomicU64, Ordering, fence as memory_fence};
 
 /// No range.
 pub(crate) const NOTHING: Interval = Interval::new(0, 0);
-/// Addresses from here on are no user addresses on any machine this runs on (57 bits).
-const ADDRESS_LIMIT: u64 = 1 << 57;
-
 /// A covered call between start and end. Signals are blocked, the ranges are locked, and the daemon has been
 /// told if it had to be.
 #[derive(Debug)]
@@ -42,7 +39,13 @@ pub(crate) enum Suspended {
 /// The pages that `[addr, addr + len)` touches, or `None` when the system call will refuse it anyway.
 pub(crate) fn pages(addr: u64, len: u64) -> Option<Interval> {
     let end = addr.checked_add(len)?.checked_next_multiple_of(sys::PAGE)?;
-    (len != 0 && addr.is_multiple_of(sys::PAGE) && end <= ADDRESS_LIMIT).then(|| Interval::new(addr, end))
+    (len != 0 && addr.is_multiple_of(sys::PAGE) && end <= USER_END).then(|| Interval::new(addr, end))
+}
+
+/// The address without what a program may keep in its upper bits (arm64's top byte, x86's LAM): madvise and
+/// mprotect ignore that. An address that the kernel refuses costs a purge of something else.
+pub(crate) fn untagged(addr: u64) -> u64 {
+    addr & (USER_END - 1)
 }
 
 impl Call {

@@ -9,7 +9,7 @@
 )]
 
 use crate::Covered;
-use crate::call::{Call, NOTHING, Suspended, bump, pages};
+use crate::call::{Call, NOTHING, Suspended, bump, pages, untagged};
 use crate::files;
 use crate::intervals::Interval;
 use crate::state;
@@ -154,7 +154,7 @@ pub unsafe fn madvise(addr: usize, len: usize, advice: i32) -> Outcome<()> {
     // SAFETY: the caller's promise.
     let call_it = || unsafe { syscall(libc::SYS_madvise, [addr, len, advice as usize, 0, 0, 0]) };
     let range = takes_pages_away(advice)
-        .then(|| pages(addr as u64, len as u64))
+        .then(|| pages(untagged(addr as u64), len as u64))
         .flatten();
     let Some((range, call)) =
         range.and_then(|range| Some((range, Call::begin([range, NOTHING], slot_event::CLEAR)?)))
@@ -180,8 +180,30 @@ pub unsafe fn madvise(addr: usize, len: usize, advice: i32) -> Outcome<()> {
 /// The system call's errno.
 pub unsafe fn mprotect(addr: usize, len: usize, prot: i32) -> Outcome<()> {
     // SAFETY: the caller's promise.
-    let call_it = || unsafe { syscall(libc::SYS_mprotect, [addr, len, prot as usize, 0, 0, 0]) };
-    let Some(call) = pages(addr as u64, len as u64)
+    protect(addr, len, || unsafe {
+        syscall(libc::SYS_mprotect, [addr, len, prot as usize, 0, 0, 0])
+    })
+}
+
+/// pkey_mprotect.
+///
+/// # Safety
+/// As pkey_mprotect.
+///
+/// # Errors
+/// The system call's errno.
+pub unsafe fn pkey_mprotect(addr: usize, len: usize, prot: i32, pkey: i32) -> Outcome<()> {
+    // SAFETY: the caller's promise.
+    protect(addr, len, || unsafe {
+        syscall(
+            libc::SYS_pkey_mprotect,
+            [addr, len, prot as usize, pkey as isize as usize, 0, 0],
+        )
+    })
+}
+
+fn protect(addr: usize, len: usize, call_it: impl Fn() -> Result<usize, i32>) -> Outcome<()> {
+    let Some(call) = pages(untagged(addr as u64), len as u64)
         .and_then(|range| Call::begin([range, NOTHING], slot_event::PROTECTION_VMA))
     else {
         return call_it().map(|_| plain(()));

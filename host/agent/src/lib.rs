@@ -206,6 +206,14 @@ pub fn current() -> Option<&'static Agent> {
     .then_some(&AGENT)
 }
 
+/// Whether this process may create a userfaultfd with the features the bridge needs.
+///
+/// # Errors
+/// What is missing and which permission or sysctl to set.
+pub fn userfaultfd_available() -> Result<()> {
+    sys::userfaultfd().map(drop)
+}
+
 fn os<T>(result: covered::Outcome<T>) -> io::Result<Covered<T>> {
     result.map_err(io::Error::from_raw_os_error)
 }

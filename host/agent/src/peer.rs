@@ -199,6 +199,17 @@ impl Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
+        // The order matters: a hang-up on the notice socket while the daemon waits for a zap is a peer of which
+        // nothing is known, and such a peer is killed. So: have nothing, say so by closing the control
+        // connection, and go on answering zaps until the daemon has let go.
+        self.shared.zap(u64::MAX, self.shared.start, self.shared.end);
+        let control = self.control.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let _ = rustix::net::shutdown(&*control, rustix::net::Shutdown::Both);
+        let pages = self.shared.lock();
+        let _ = self
+            .shared
+            .zap_ended
+            .wait_timeout_while(pages, LET_GO, |_| !self.shared.stopped.load(Ordering::Acquire));
         let _ = rustix::net::shutdown(&self.shared.notice, rustix::net::Shutdown::Both);
         if let Some(server) = self.server.take() {
             // A panic of that thread has been printed already.
@@ -208,6 +219,9 @@ impl Drop for Peer {
         let _ = unsafe { raw::munmap(self.shared.base, (self.shared.end - self.shared.start) as usize) };
     }
 }
+
+/// Longest wait for a daemon to let go of a peer that ends.
+const LET_GO: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// Flags of the reservation.
 const RESERVATION: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;

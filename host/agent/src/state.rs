@@ -144,6 +144,8 @@ pub(crate) struct State {
     pub cause: AtomicU32,
     /// detach() has asked the daemon to end the session.
     pub detaching: AtomicU32,
+    /// When detach() asked; 0 = it has not.
+    pub detaching_since_ms: AtomicU64,
     /// 1 while the watchdog runs (futex word).
     pub watchdog: AtomicU32,
     /// The device process is known to be gone.

@@ -96,8 +96,9 @@ fn look(state: &State, packet: &mut [u8]) {
     {
         fence::lost(state, cause::CLOSED);
     }
-    // A caller in the kernel waits for the daemon to read its event, and cannot look at the clock itself.
-    if let Some(since) = oldest_event(state)
+    // A caller in the kernel waits for the daemon to read its event, and cannot look at the clock itself; nor can
+    // detach(), which waits for this thread.
+    if let Some(since) = oldest_wait(state)
         && fence::overdue(state, since)
     {
         let _ = state
@@ -110,8 +111,13 @@ fn look(state: &State, packet: &mut [u8]) {
     }
 }
 
-fn oldest_event(state: &State) -> Option<u64> {
-    state.calls.oldest_event_ms()
+/// Since when somebody waits for the daemon who relies on this thread.
+fn oldest_wait(state: &State) -> Option<u64> {
+    let detaching = Some(state.detaching_since_ms.load(Ordering::Acquire)).filter(|&t| t != 0);
+    [state.calls.oldest_event_ms(), detaching]
+        .into_iter()
+        .flatten()
+        .min()
 }
 
 fn positive(fd: i32) -> i32 {

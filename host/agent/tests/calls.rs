@@ -14,10 +14,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 const PAGE: usize = 4096;
 const RW: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
-/// One attachment per process, so one test at a time.
-fn one_at_a_time() -> MutexGuard<'static, ()> {
+/// One attachment per process, so one test at a time. `None`: skip the test.
+fn one_at_a_time() -> Option<MutexGuard<'static, ()>> {
     static LOCK: Mutex<()> = Mutex::new(());
-    LOCK.lock().unwrap_or_else(PoisonError::into_inner)
+    mock::available().then(|| LOCK.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 fn map(agent: &Agent, memory: &Memory, len: usize) -> usize {
@@ -48,7 +48,7 @@ fn events(seen: &[Seen]) -> usize {
 
 #[test]
 fn test_munmap_when_nothing_is_cached_talks_to_nobody() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     for uffd_mode in [UffdMode::Missing, UffdMode::Wp] {
         let mock = Mock::start(Options {
             uffd_mode,
@@ -80,7 +80,7 @@ fn test_munmap_when_nothing_is_cached_talks_to_nobody() {
 
 #[test]
 fn test_c1_munmap_when_a_page_is_cached_waits_for_the_daemon_before_it_unmaps() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());
     let agent = mock.attach();
     let memory = agent.memory(4 * PAGE as u64, "counted").unwrap();
@@ -112,7 +112,7 @@ fn test_c1_munmap_when_a_page_is_cached_waits_for_the_daemon_before_it_unmaps() 
 
 #[test]
 fn test_call_when_it_fails_ends_what_it_started() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());
     let agent = mock.attach();
     let memory = agent.memory(2 * PAGE as u64, "fails").unwrap();
@@ -157,7 +157,7 @@ fn test_call_when_it_fails_ends_what_it_started() {
 
 #[test]
 fn test_calls_when_ranges_overlap_are_serialised_and_others_are_not() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());
     let agent = mock.attach();
     let memory = agent.memory(8 * PAGE as u64, "overlap").unwrap();
@@ -206,7 +206,7 @@ fn test_calls_when_ranges_overlap_are_serialised_and_others_are_not() {
 
 #[test]
 fn test_generation_when_threads_call_at_once_never_repeats() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());
     let agent = mock.attach();
     let memory = agent.memory(64 * PAGE as u64, "generation").unwrap();
@@ -257,7 +257,7 @@ extern "C" fn on_alarm(_: libc::c_int) {
 
 #[test]
 fn test_calls_when_signal_handlers_make_them_too_do_not_deadlock() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());
     let agent = mock.attach();
     let memory = agent.memory(8 * PAGE as u64, "storm").unwrap();
@@ -303,7 +303,7 @@ fn test_calls_when_signal_handlers_make_them_too_do_not_deadlock() {
 
 #[test]
 fn test_raw_munmap_when_memory_is_registered_raises_an_event() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     for uffd_mode in [UffdMode::Missing, UffdMode::Wp] {
         let mock = Mock::start(Options {
             uffd_mode,
@@ -327,7 +327,7 @@ fn test_raw_munmap_when_memory_is_registered_raises_an_event() {
 
 #[test]
 fn test_munmap_when_above_the_threshold_takes_the_event_path() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     // SAFETY: no other thread of this test binary reads the environment by C functions.
     unsafe { std::env::set_var("TLBRIDGE_UNREGISTER_MAX", "8192") };
     let mock = Mock::start(Options::default());
@@ -349,7 +349,7 @@ fn test_munmap_when_above_the_threshold_takes_the_event_path() {
 
 #[test]
 fn test_mremap_when_it_moves_purges_both_ranges_and_registers_the_new_one() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());
     let agent = mock.attach();
     let memory = agent.memory(4 * PAGE as u64, "move").unwrap();
@@ -394,7 +394,7 @@ fn test_mremap_when_it_moves_purges_both_ranges_and_registers_the_new_one() {
 
 #[test]
 fn test_mmap_when_it_is_given_a_cached_address_purges_it_before_it_returns() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());
     let agent = mock.attach();
     let memory = agent.memory(PAGE as u64, "reuse").unwrap();
@@ -425,7 +425,7 @@ fn test_mmap_when_it_is_given_a_cached_address_purges_it_before_it_returns() {
 
 #[test]
 fn test_shared_anonymous_memory_when_mapped_has_a_file_that_the_daemon_knows() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());
     let agent = mock.attach();
     // SAFETY: a new mapping.
@@ -446,7 +446,7 @@ fn test_shared_anonymous_memory_when_mapped_has_a_file_that_the_daemon_knows() {
 
 #[test]
 fn test_mmap_when_the_daemon_refuses_the_file_still_maps() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options {
         refuse_memory: true,
         ..Options::default()
@@ -469,7 +469,7 @@ fn test_mmap_when_the_daemon_refuses_the_file_still_maps() {
 
 #[test]
 fn test_segments_when_attached_and_detached_are_covered() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());
     let agent = mock.attach();
     // SAFETY: a System V segment of this test.

@@ -18,10 +18,10 @@ use std::time::{Duration, Instant};
 const PAGE: usize = 4096;
 const RW: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
-/// One attachment per process, so one test at a time.
-fn one_at_a_time() -> MutexGuard<'static, ()> {
+/// One attachment per process, so one test at a time. `None`: skip the test.
+fn one_at_a_time() -> Option<MutexGuard<'static, ()>> {
     static LOCK: Mutex<()> = Mutex::new(());
-    LOCK.lock().unwrap_or_else(PoisonError::into_inner)
+    mock::available().then(|| LOCK.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 fn map(agent: &Agent, memory: &Memory, len: usize) -> usize {
@@ -51,7 +51,7 @@ fn stand_in() -> Child {
 
 #[test]
 fn test_attach_when_nobody_listens_says_where_and_what_to_do() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let error = Agent::attach(&AttachOptions {
         socket: "/nonexistent/tlbridge".into(),
         name: "x".into(),
@@ -67,7 +67,7 @@ fn test_attach_when_nobody_listens_says_where_and_what_to_do() {
 
 #[test]
 fn test_attach_when_attached_already_is_refused_and_again_after_detach_works() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());
     let agent = mock.attach();
     let again = Agent::attach(&AttachOptions {
@@ -94,7 +94,7 @@ fn test_attach_when_attached_already_is_refused_and_again_after_detach_works() {
 
 #[test]
 fn test_detach_when_a_call_is_inside_waits_for_it() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());
     let agent = mock.attach();
     let memory = agent.memory(PAGE as u64, "detach").unwrap();
@@ -115,7 +115,7 @@ fn test_detach_when_a_call_is_inside_waits_for_it() {
 
 #[test]
 fn test_child_when_forked_is_detached_and_its_calls_are_plain() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());
     let agent = mock.attach();
     let memory = agent.memory(2 * PAGE as u64, "fork").unwrap();
@@ -179,7 +179,7 @@ fn is_userfaultfd(fd: i32) -> bool {
 
 #[test]
 fn test_child_when_made_by_a_raw_clone_is_detached_by_its_first_call() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options {
         monitor: false,
         ..Options::default()
@@ -212,7 +212,6 @@ fn test_child_when_made_by_a_raw_clone_is_detached_by_its_first_call() {
     }
     let mut status = 0;
     // SAFETY: waits for the child made above.
-    // SAFETY: waits for the child made above.
     let waited = unsafe { libc::waitpid(child as i32, &raw mut status, 0) };
     assert_eq!(i64::from(waited), child);
     assert_eq!(status, 0);
@@ -223,7 +222,7 @@ fn test_child_when_made_by_a_raw_clone_is_detached_by_its_first_call() {
 
 #[test]
 fn test_child_when_forked_can_attach_anew() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());
     let agent = mock.attach();
     let (socket, other) = {
@@ -267,7 +266,7 @@ fn test_child_when_forked_can_attach_anew() {
 
 #[test]
 fn test_calls_when_the_daemon_dies_go_on_and_the_error_names_it() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());
     let agent = mock.attach();
     let memory = agent.memory(4 * PAGE as u64, "death").unwrap();
@@ -294,7 +293,7 @@ fn test_calls_when_the_daemon_dies_go_on_and_the_error_names_it() {
 
 #[test]
 fn test_raw_munmap_when_it_waits_for_an_event_of_a_dead_daemon_goes_on() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options {
         monitor: false,
         ..Options::default()
@@ -324,7 +323,7 @@ fn test_raw_munmap_when_it_waits_for_an_event_of_a_dead_daemon_goes_on() {
 
 #[test]
 fn test_hop_when_the_daemon_is_silent_fences_it_then_the_device() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let (mut daemon, mut device) = (stand_in(), stand_in());
     let mock = Mock::start(Options {
         fence_timeout_ms: 300,
@@ -361,7 +360,7 @@ fn test_hop_when_the_daemon_is_silent_fences_it_then_the_device() {
 
 #[test]
 fn test_hop_when_the_daemon_has_died_waits_for_the_devices_reset() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mut daemon = stand_in();
     let mock = Mock::start(Options {
         fence_timeout_ms: 60_000,
@@ -414,7 +413,7 @@ fn test_hop_when_the_daemon_has_died_waits_for_the_devices_reset() {
 
 #[test]
 fn test_alive_when_the_daemon_closes_the_session_gives_its_reason() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());
     let agent = mock.attach();
     mock.inner().table.header.closed.store(1, Ordering::SeqCst);
@@ -433,7 +432,7 @@ fn test_alive_when_the_daemon_closes_the_session_gives_its_reason() {
 
 #[test]
 fn test_alive_when_the_device_is_lost_names_it_and_calls_stay_covered() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());
     let agent = mock.attach();
     mock.notify(&Notice::DeviceLost {
@@ -459,7 +458,7 @@ fn test_alive_when_the_device_is_lost_names_it_and_calls_stay_covered() {
 
 #[test]
 fn test_context_when_an_instruction_runs_answers_with_value_and_tag() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());
     let agent = mock.attach();
     let context = agent
@@ -510,7 +509,7 @@ fn test_context_when_an_instruction_runs_answers_with_value_and_tag() {
 
 #[test]
 fn test_peer_when_zapped_really_unmaps_before_it_answers() {
-    let _one = one_at_a_time();
+    let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());
     let file =
         std::fs::File::from(rustix::fs::memfd_create("peer", rustix::fs::MemfdFlags::CLOEXEC).unwrap());

@@ -101,7 +101,10 @@ pub fn announce_fill<G: Word, F: Fence>(
     }
     F::full();
     // After the last round `before` may be newer than its `busy`.
-    (!busy()).then_some(before)
+    let quiet = !busy();
+    // The look-up comes after what `busy` has read: a call that it saw to be over is over in the page tables.
+    F::full();
+    quiet.then_some(before)
 }
 
 /// Steps 1 to 4 of a covered call: whether it has to hop, and its generation. The agent runs its own code;

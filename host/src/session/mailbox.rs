@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use protos::bridge::shared::{SLOTS, Slot, slot_op, slot_state};
+use protos::bridge::shared::{SLOTS, Slot, USER_END, slot_op, slot_state};
 use rustix::thread::futex;
 use rustix::time::Timespec;
 
@@ -18,9 +18,6 @@ use crate::stats::ByEvent;
 
 /// Worker threads of a session: one can wait for a sleeping subscriber while the other serves the rest.
 pub const WORKERS: usize = 2;
-
-/// One past the last address an application can use: 5-level page tables have 56 bits of it.
-const USER_END: u64 = 1 << 56;
 
 /// Longest sleep on the bell. The daemon's own wake-ups do not depend on it; it bounds what an application
 /// can do that spoils the bell's words.
@@ -134,6 +131,11 @@ impl Mailbox {
         self.open[index].lock().unwrap_or_else(|e| e.into_inner()).take()
     }
 
+    fn put_open(&self, index: usize, started: Started) -> Option<Started> {
+        let mut open = self.open[index].lock().unwrap_or_else(|e| e.into_inner());
+        open.replace(started)
+    }
+
     fn serve(&self, index: usize, token: &MaySleep) -> bool {
         let slot = &self.space.table().slots[index];
         let state = slot.state.load(Ordering::Relaxed);
@@ -196,7 +198,14 @@ impl Mailbox {
                         let nanoseconds = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
                         self.stats.by_event.of(event).record(nanoseconds);
                         self.stats.starts.fetch_add(1, Ordering::Relaxed);
-                        *self.open[index].lock().unwrap_or_else(|e| e.into_inner()) = Some(started);
+                        let lost = self.put_open(index, started);
+                        if let Some(lost) = lost {
+                            // The application has made the slot a request while it was being served.
+                            self.malformed(index, "two starts at once");
+                            self.space
+                                .chain()
+                                .invalidate_range_end(lost, Ctx::MaySleep(token));
+                        }
                         0
                     }
                     Err(errno) => -errno,

@@ -60,19 +60,38 @@ pub fn offer(space: &Arc<AddressSpace>, start: u64, end: u64, seed: u64) -> Resu
             })?;
         let memfd = duplicate(file.fd.as_fd())
             .map_err(|e| Refusal::new(libc::EMFILE, format!("descriptor of the memory: {e}")))?;
-        ranges.push(PurgeableRange {
+        let range = PurgeableRange {
             va,
             len,
             memfd: Arc::new(memfd),
             offset,
-        });
+        };
+        ranges.push((range, file.id));
         va += len;
     }
     let reclaimer = space.reclaimer_or_init(seed);
-    for range in ranges {
+    let added = ranges.into_iter().try_for_each(|(range, id)| {
+        let (va, last, offset) = (range.va, range.va + range.len, range.offset);
         reclaimer
             .add(range)
             .map_err(|e| Refusal::new(libc::EINVAL, e.to_string()))?;
+        // Looked up once more: whoever unmapped it between the first look and the offer has found nothing to
+        // forget. Whoever does so from now on finds it.
+        let (vma, _) = space.mapping_at(va, Access::Read)?;
+        let now = FileId {
+            dev: vma.dev,
+            ino: vma.inode,
+        };
+        if !vma.shared || now != id || vma.offset_of(va) != offset || vma.end < last {
+            return Err(Refusal::new(
+                libc::EAGAIN,
+                format!("{va:#x} was changed while it was being offered; offer it again"),
+            ));
+        }
+        Ok(())
+    });
+    if added.is_err() {
+        reclaimer.forget(start, end, &token);
     }
-    Ok(())
+    added
 }

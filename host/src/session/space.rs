@@ -13,7 +13,7 @@ use super::memory::UsedFile;
 use super::refusal::Refusal;
 use crate::mm::{Access, Busy, ChangeGuard, FillTable, Lookup, MappedTable, MmCache, Vma};
 use crate::notifier::{Chain, Ctx, Event, MaySleep, NotifierRange, StartError, Started};
-use crate::subscribers::{Reclaimer, Xpmem};
+use crate::subscribers::{Paused, Reclaimer, Xpmem};
 use crate::uffd::SafetyNetStats;
 
 /// Longest wait for the covered calls that were silent when a subscriber joins. A system call over the largest
@@ -210,12 +210,9 @@ impl AddressSpace {
         fills.cached_pages == 0 && !fills.overflowed && self.others.load(Ordering::SeqCst) == 0
     }
 
-    /// Forgets what was known about a range; `unmapped` when it is not just its content that has changed.
-    pub fn forget(&self, start: u64, end: u64, unmapped: bool, token: &MaySleep) {
-        self.cache.discard(start, end);
-        if unmapped && let Some(reclaimer) = self.reclaimer.get() {
-            reclaimer.forget(start, end, token);
-        }
+    /// Stops the reclaimer for a change whose range is not known yet.
+    pub fn pause_reclaimer(&self, token: &MaySleep) -> Option<Paused<'_>> {
+        self.reclaimer.get().map(|reclaimer| reclaimer.pause(token))
     }
 
     /// What is mapped at `va` for that access, and the generation that the answer stands for.

@@ -12,6 +12,6 @@ mod shadow_mmu;
 mod xpmem;
 
 pub use gru::{DeviceFlush, GruSubscriber};
-pub use reclaimer::{PurgeableRange, Reclaimed, Reclaimer, ReclaimerStats};
+pub use reclaimer::{Paused, PurgeableRange, Reclaimed, Reclaimer, ReclaimerStats};
 pub use shadow_mmu::{FaultResult, ShadowEntry, ShadowMmu, ShadowMmuStats};
 pub use xpmem::{PeerBusy, PeerLink, PeerSequence, Xpmem, XpmemStats};

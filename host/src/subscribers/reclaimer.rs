@@ -123,6 +123,17 @@ pub struct Reclaimer {
     counters: Counters,
 }
 
+/// Nothing is being discarded while this lives.
+#[derive(Debug)]
+pub struct Paused<'a>(MutexGuard<'a, State>);
+
+impl Paused<'_> {
+    /// As [`Reclaimer::forget`].
+    pub fn forget(&mut self, start: u64, end: u64) {
+        Reclaimer::cut(&mut self.0.ranges, start, end);
+    }
+}
+
 impl Reclaimer {
     /// For one address space. The same seed picks the same pieces in the same order.
     #[must_use]
@@ -173,6 +184,13 @@ impl Reclaimer {
     pub fn forget(&self, start: u64, end: u64, _token: &MaySleep) {
         might_sleep("Reclaimer::forget");
         Self::cut(&mut self.state().ranges, start, end);
+    }
+
+    /// Stops discarding until the result is dropped. For changes whose range is only known once the application
+    /// may go on: nothing of it may be discarded between that moment and [`Paused::forget`].
+    pub fn pause(&self, _token: &MaySleep) -> Paused<'_> {
+        might_sleep("Reclaimer::pause");
+        Paused(self.state())
     }
 
     fn cut(ranges: &mut Vec<PurgeableRange>, start: u64, end: u64) {

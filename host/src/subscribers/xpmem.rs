@@ -14,8 +14,10 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::time::Instant;
 
 use protos::bridge::control::{MAX_PACKET, Notice, NoticeReply};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
@@ -65,6 +67,41 @@ impl PeerLink {
 
     fn meets(&self, range: &NotifierRange) -> bool {
         !self.is_gone() && range.meets(self.start, self.end)
+    }
+
+    /// Whether the peer has closed its end. Takes nothing from the socket.
+    fn has_hung_up(&self) -> bool {
+        let mut fds = [PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::RDHUP)];
+        matches!(poll(&mut fds, Some(&Timespec::default())), Ok(n) if n > 0)
+            && fds[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP)
+    }
+
+    /// Ends the attachment of a peer that has nothing mapped any more. The caller has the wire.
+    fn dismiss(&self, reason: &str) {
+        self.gone.store(true, Ordering::Release);
+        // Without room the hang-up says the same.
+        let _ = self.try_send(&Notice::Closing {
+            reason: reason.into(),
+        });
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
+    }
+
+    /// One look at a zap that has been sent, or is still to be.
+    fn look_for_zapped(
+        &self,
+        zap: &Notice,
+        sent: &mut Result<bool, Errno>,
+        seq: u64,
+        buffer: &mut [u8],
+    ) -> Progress<u64> {
+        if *sent == Ok(false) {
+            *sent = self.try_send(zap);
+        }
+        match sent {
+            Ok(true) => self.try_receive(seq, buffer),
+            Ok(false) => Progress::NoRoom,
+            Err(errno) => Progress::Never(format!("sending to it failed: {errno}")),
+        }
     }
 
     /// `Ok(false)` = no room.
@@ -215,9 +252,33 @@ impl Xpmem {
         lock(&self.peers).push(link);
     }
 
-    /// Removes a peer that has unmapped everything or is gone. Returns whether it was attached.
-    pub fn detach(&self, link: &Arc<PeerLink>, _token: &MaySleep) -> bool {
+    /// Removes a peer: zaps all that it has, unless it has closed its notice socket (which says that it has
+    /// unmapped everything) or is gone. Returns whether it was attached.
+    pub fn detach(&self, link: &Arc<PeerLink>, token: &MaySleep) -> bool {
         might_sleep("Xpmem::detach");
+        let wire = lock(&link.wire);
+        if !link.is_gone() {
+            let seq = self.next_seq.fetch_add(1, Ordering::Relaxed);
+            let zap = Notice::Zap {
+                seq,
+                start: link.start,
+                end: link.end,
+            };
+            let mut sent = link.try_send(&zap);
+            let mut buffer = vec![0; MAX_PACKET];
+            let look = || {
+                if link.has_hung_up() {
+                    return Progress::Reply(0);
+                }
+                link.look_for_zapped(&zap, &mut sent, seq, &mut buffer)
+            };
+            let outcome = self.fence.wait(&link.peer, link.socket.as_fd(), token, look);
+            if let Err(error) = outcome {
+                panic!("waiting for {} (pid {}): {error}", link.peer.name, link.peer.pid);
+            }
+            link.dismiss("detached");
+        }
+        drop(wire);
         let mut peers = lock(&self.peers);
         let before = peers.len();
         peers.retain(|other| !Arc::ptr_eq(other, link));
@@ -297,6 +358,8 @@ impl Xpmem {
             return None;
         }
         let wires: Vec<_> = links.iter().map(|link| lock(&link.wire)).collect();
+        // Somebody who had the wire first may have found the peer gone, or dismissed it.
+        let links: Vec<_> = links.iter().filter(|link| !link.is_gone()).cloned().collect();
         // Numbered under the wires: on each socket the numbers only grow.
         let seq = self.next_seq.fetch_add(1, Ordering::Relaxed);
         let zap = Notice::Zap {
@@ -304,12 +367,14 @@ impl Xpmem {
             start: range.start,
             end: range.end,
         };
-        // To all at first, so that they work at the same time.
+        // To all at first, so that they work at the same time, and against one clock: who waits for this start has
+        // patience for one timeout, not for one of each peer.
+        let asked = Instant::now();
         let mut sent: Vec<_> = links.iter().map(|link| link.try_send(&zap)).collect();
         let mut buffer = vec![0; MAX_PACKET];
         for (link, sent) in links.iter().zip(&mut sent) {
             self.counters.zaps.fetch_add(1, Ordering::Relaxed);
-            let outcome = self.wait_zapped(link, &zap, sent, seq, &mut buffer, token);
+            let outcome = self.wait_zapped(asked, link, &zap, sent, seq, &mut buffer, token);
             match outcome {
                 Ok(Outcome::Replied(bytes)) => {
                     self.counters.unmapped_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -327,8 +392,13 @@ impl Xpmem {
         })
     }
 
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "one call, all of it the state of one zap"
+    )]
     fn wait_zapped(
         &self,
+        asked: Instant,
         link: &PeerLink,
         zap: &Notice,
         sent: &mut Result<bool, Errno>,
@@ -336,16 +406,10 @@ impl Xpmem {
         buffer: &mut [u8],
         token: &MaySleep,
     ) -> io::Result<Outcome<u64>> {
-        self.fence.wait(&link.peer, link.socket.as_fd(), token, || {
-            if *sent == Ok(false) {
-                *sent = link.try_send(zap);
-            }
-            match sent {
-                Ok(true) => link.try_receive(seq, buffer),
-                Ok(false) => Progress::NoRoom,
-                Err(errno) => Progress::Never(format!("sending to it failed: {errno}")),
-            }
-        })
+        self.fence
+            .wait_since(asked, &link.peer, link.socket.as_fd(), token, || {
+                link.look_for_zapped(zap, sent, seq, buffer)
+            })
     }
 
     fn lost(&self, link: &PeerLink) {
@@ -406,7 +470,14 @@ impl Subscriber for Xpmem {
         self.retry.lock().released = true;
         let range = NotifierRange::all(crate::notifier::Event::Release, true);
         let _ = self.zap(&range, &token);
-        lock(&self.peers).clear();
+        let peers = std::mem::take(&mut *lock(&self.peers));
+        for link in peers {
+            // Nobody ends these zaps any more: whoever waits for an end over there is told that none comes.
+            let _wire = lock(&link.wire);
+            if !link.is_gone() {
+                link.dismiss("the application has ended");
+            }
+        }
     }
 }
 

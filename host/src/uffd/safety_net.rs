@@ -12,11 +12,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::ReadWriteFlags;
 
 use super::ioctl;
 use super::message::{MESSAGE_BYTES, Message};
 use crate::notifier::{Ctx, Event, Histogram, MaySleep, NotifierRange, Started};
 use crate::session::space::AddressSpace;
+use crate::subscribers::Paused;
 
 /// Time between attempts to answer a fault whose mapping is being changed. Its event usually comes first and
 /// ends the wait.
@@ -143,7 +145,15 @@ impl SafetyNet {
                 self.delay();
                 purged = self.purge(token);
             }
+            // What was unmapped is nobody's to discard from the moment of the read on, and which range that is, is
+            // known only after it.
+            let space = self.space.clone();
+            let mut paused = space.pause_reclaimer(token);
             let message = self.read();
+            if let Ok(Some(message)) = message {
+                self.forget(message, paused.as_mut());
+            }
+            drop(paused);
             let read_after = ready.elapsed();
             if self.injection.purge_late {
                 self.delay();
@@ -158,7 +168,7 @@ impl SafetyNet {
                     if purged.is_none() {
                         stats.purges_skipped.fetch_add(1, Ordering::Relaxed);
                     }
-                    self.handle(message, token);
+                    self.handle(message);
                 }
                 Ok(None) => {
                     self.space
@@ -217,7 +227,7 @@ impl SafetyNet {
     fn read(&self) -> io::Result<Option<Message>> {
         let mut bytes = [0; MESSAGE_BYTES];
         loop {
-            return match rustix::io::read(&self.uffd, &mut bytes) {
+            return match self.read_bytes(&mut bytes) {
                 Ok(MESSAGE_BYTES) => Ok(Some(Message::parse(&bytes))),
                 Ok(n) => Err(io::Error::other(format!("userfaultfd message of {n} bytes"))),
                 Err(rustix::io::Errno::AGAIN) => Ok(None),
@@ -227,11 +237,30 @@ impl SafetyNet {
         }
     }
 
-    fn handle(&mut self, message: Message, token: &MaySleep) {
+    /// Never waits, where the kernel can be told so (6.10): `O_NONBLOCK` belongs to the open file, which the
+    /// application has too.
+    fn read_bytes(&self, bytes: &mut [u8]) -> rustix::io::Result<usize> {
+        let mut into = [std::io::IoSliceMut::new(bytes)];
+        match rustix::io::preadv2(&self.uffd, &mut into, u64::MAX, ReadWriteFlags::NOWAIT) {
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
+                rustix::io::read(&self.uffd, bytes)
+            }
+            other => other,
+        }
+    }
+
+    /// Forgets what was known about the ranges of an event.
+    fn forget(&self, message: Message, mut reclaimer: Option<&mut Paused<'_>>) {
         let unmapped = !matches!(message, Message::Remove { .. });
         for (start, end) in message.discards() {
-            self.space.forget(start, end, unmapped, token);
+            self.space.cache().discard(start, end);
+            if unmapped && let Some(reclaimer) = &mut reclaimer {
+                reclaimer.forget(start, end);
+            }
         }
+    }
+
+    fn handle(&mut self, message: Message) {
         match message {
             Message::Fork { child } => drop(own(child)),
             Message::PageFault { address, .. } => self.answer_fault(address),

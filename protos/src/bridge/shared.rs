@@ -47,6 +47,9 @@ pub const BUCKETS: usize = 16384;
 /// Ranges that touch more buckets than this use the whole-space counters: 2 GiB.
 pub const MAX_BUCKETS_PER_CALL: usize = 1024;
 
+/// One past the last address that a range may name: 5-level page tables leave an application 56 bits.
+pub const USER_END: u64 = 1 << 56;
+
 /// Index of the bucket that an address belongs to.
 #[must_use]
 pub fn bucket_of(va: u64) -> usize {

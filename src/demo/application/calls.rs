@@ -41,15 +41,6 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// All of them.
-    pub const ALL: [Self; 6] = [
-        Self::Unmap,
-        Self::MapOver,
-        Self::Move,
-        Self::Discard,
-        Self::Remove,
-        Self::Protect,
-    ];
     /// Its name in tables.
     pub fn name(self) -> &'static str {
         match self {

@@ -106,16 +106,6 @@ impl<'m> Frames<'m> {
         self.free.lock().unwrap().get_mut(&pages)?.pop()
     }
 
-    /// Takes a frame back that never was mapped, or whose content is of no interest.
-    pub fn put_back(&self, frame: Frame) {
-        self.free
-            .lock()
-            .unwrap()
-            .entry(frame.pages)
-            .or_default()
-            .push(frame);
-    }
-
     /// The words of a frame as the CPU sees them.
     pub fn slice(&self, frame: Frame) -> &'m [AtomicU64] {
         let first = frame.first_page * WORDS_PER_PAGE;

@@ -34,7 +34,7 @@ pub fn arena(len: u64, seed: u64) -> io::Result<u64> {
     const LOWEST: u64 = 0x1000_0000_0000;
     for attempt in 0..64 {
         // 64 GiB steps, aligned to the largest slot and to the largest translation.
-        let base = LOWEST + (seed.wrapping_add(attempt) % 256 << 36);
+        let base = LOWEST + ((seed.wrapping_add(attempt) % 256) << 36);
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
         // SAFETY: MAP_FIXED_NOREPLACE replaces nothing.
         let probe = unsafe { agent::raw::mmap(base as usize, len as usize, libc::PROT_NONE, flags, None, 0) };
@@ -105,9 +105,9 @@ impl Calls for Mapper<'_> {
         let flags = libc::MAP_SHARED | libc::MAP_FIXED;
         let (va, len, prot) = (va as usize, len as usize, bits(prot));
         match path {
-            // SAFETY: a slot of the arena, which holds nothing but this program's test memory; no Rust
-            // reference points into it.
             Path::Agent => {
+                // SAFETY: a slot of the arena, which holds nothing but this program's test memory; no Rust
+                // reference points into it.
                 unsafe { self.agent.mmap(va, len, prot, flags, self.fd(), offset) }.map(|c| c.generation)
             }
             Path::Raw => {

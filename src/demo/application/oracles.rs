@@ -22,10 +22,6 @@ pub enum Oracle {
 }
 
 impl Oracle {
-    /// Whether it means that an old translation was used.
-    pub fn is_stale(self) -> bool {
-        self != Self::Result
-    }
     /// Its name in tables.
     pub fn name(self) -> &'static str {
         match self {

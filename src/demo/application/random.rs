@@ -23,7 +23,7 @@ impl Random {
     /// A number below `bound` (which is not 0).
     pub fn below(&mut self, bound: usize) -> usize {
         assert!(bound > 0, "an empty range has no member");
-        (u128::from(self.next()) * bound as u128 >> 64) as usize
+        ((u128::from(self.next()) * bound as u128) >> 64) as usize
     }
 
     /// True `part` times in `whole`.

@@ -22,6 +22,7 @@ use super::slots::{Hot, Slot, layout};
 use super::worker::{Worker, WorkerCounts};
 use crate::cli::ApplicationArgs;
 use crate::stop::{self, Stop};
+use crate::supervise::Leftovers;
 
 /// How long a page that was left behind is watched. Longer than the delays of `--break`.
 const QUARANTINE: Duration = Duration::from_millis(25);
@@ -56,6 +57,7 @@ impl Progress {
 /// It cannot attach, or the device or the daemon goes away.
 pub fn run(args: &ApplicationArgs) -> Result<()> {
     let stop = Stop::new()?;
+    let _leftovers = Leftovers::new(&args.supervised, &stop);
     stop.on_signals()?;
     // "end" ends the run early; the process stays until its stdin ends.
     let end = Stop::new()?;
@@ -166,7 +168,7 @@ fn compute(args: &ApplicationArgs, agent: &'static Agent, ends: [&Stop; 2]) -> R
                     Purgeable::new(
                         purgeable_va,
                         purgeable_alias,
-                        &oracles,
+                        oracles,
                         Random::new(args.seed, 3000),
                     )
                 });

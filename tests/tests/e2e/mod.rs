@@ -37,6 +37,17 @@ pub fn log_if_asked() {
     }
 }
 
+/// Whether the test cannot run here; says so, and why.
+pub fn skipped() -> bool {
+    match tests::processes::missing_capability() {
+        Some(reason) => {
+            eprintln!("SKIPPED: {reason}");
+            true
+        }
+        None => false,
+    }
+}
+
 /// A GRU in this process.
 pub fn in_process_device() -> (Arc<dyn Backing>, Arc<GruModel>) {
     let config = GruConfig {
@@ -333,6 +344,25 @@ impl Role {
     pub fn signal(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_raw(self.child.id() as i32).unwrap();
         rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    /// Stops the process and waits until every thread of it stands still: a signal is only a request.
+    pub fn freeze(&self) {
+        self.signal(rustix::process::Signal::STOP);
+        let tasks = format!("/proc/{}/task", self.child.id());
+        let still = |stat: String| {
+            stat.rsplit(')')
+                .next()
+                .is_some_and(|rest| rest.trim_start().starts_with('T'))
+        };
+        let deadline = Instant::now() + PATIENCE;
+        while !std::fs::read_dir(&tasks)
+            .unwrap()
+            .all(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).is_ok_and(still))
+        {
+            assert!(Instant::now() < deadline, "role {} does not stop", self.name);
+            std::thread::yield_now();
+        }
     }
 
     /// Waits for a good end.

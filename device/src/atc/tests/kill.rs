@@ -22,6 +22,23 @@ fn test_s1_fill_when_its_miss_was_purged_is_refused_until_it_misses_again() {
 }
 
 #[test]
+fn test_s1_fill_when_killed_and_its_memory_is_gone_is_killed_and_no_error() {
+    let atc = atc_over(1 << 16, AtcConfig::default());
+    let fill = fill_at(0x5000, 0x3000, 12);
+    atc.open_miss(3, ASID, 0x5123);
+    // The answer is prepared; now its page is invalidated, and then its memory taken away.
+    let purge = atc.purge_begin(range(0x5000, 0x6000));
+    atc.dma().unmap(0, 1 << 16).expect("unmap");
+    assert_eq!(atc.fill(3, fill), Err(FillRefused::Purging));
+    atc.purge_finish(purge);
+    assert_eq!(atc.fill(3, fill), Err(FillRefused::Killed));
+    assert_eq!(atc.stats().fills_refused, 2);
+    // Nothing was invalidated since: now it is software's mistake.
+    atc.open_miss(3, ASID, 0x5123);
+    assert!(matches!(atc.fill(3, fill), Err(FillRefused::Target(_))));
+}
+
+#[test]
 fn test_s1_fill_when_the_kill_is_off_enters_a_stale_translation() {
     // The fault that `--break kill` injects has to exist, and the test above has to notice it.
     let atc = atc_over(

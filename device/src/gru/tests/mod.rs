@@ -8,6 +8,7 @@ mod engines;
 mod instructions;
 mod misses;
 mod purges;
+mod scribble;
 mod trapped;
 mod windows;
 

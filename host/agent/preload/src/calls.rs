@@ -124,6 +124,16 @@ pub unsafe extern "C" fn mprotect(addr: *mut c_void, len: size_t, prot: c_int) -
     status(unsafe { covered::mprotect(addr as usize, len, prot) })
 }
 
+/// pkey_mprotect(2).
+///
+/// # Safety
+/// As pkey_mprotect.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pkey_mprotect(addr: *mut c_void, len: size_t, prot: c_int, pkey: c_int) -> c_int {
+    // SAFETY: the caller's promise.
+    status(unsafe { covered::pkey_mprotect(addr as usize, len, prot, pkey) })
+}
+
 /// shmat(2).
 ///
 /// # Safety

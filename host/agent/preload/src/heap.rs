@@ -84,6 +84,15 @@ static HEAP: Heap = Heap {
     allocator: UnsafeCell::new(Dlmalloc::new_with_allocator(Arena)),
 };
 
+/// The thread that holds the lock across a fork; 0 = none. Its malloc calls go on meanwhile: other libraries'
+/// fork handlers run between this one's, and the heap is whole there.
+static FORKING: AtomicUsize = AtomicUsize::new(0);
+
+fn this_thread() -> usize {
+    // SAFETY: always valid; the same in a forked child, and never 0 in glibc.
+    unsafe { libc::pthread_self() as usize }
+}
+
 fn lock() {
     // SAFETY: a statically initialised mutex.
     unsafe { libc::pthread_mutex_lock(HEAP.lock.get()) };
@@ -95,10 +104,15 @@ fn unlock() {
 }
 
 fn locked<R>(f: impl FnOnce(&mut Dlmalloc<Arena>) -> R) -> R {
-    lock();
-    // SAFETY: the lock is held.
+    let held = FORKING.load(Ordering::Relaxed) == this_thread();
+    if !held {
+        lock();
+    }
+    // SAFETY: the lock is held, and nothing below comes back here.
     let r = f(unsafe { &mut *HEAP.allocator.get() });
-    unlock();
+    if !held {
+        unlock();
+    }
     r
 }
 
@@ -161,9 +175,11 @@ fn check_layout() -> Result<(), String> {
 
 extern "C" fn before_fork() {
     lock();
+    FORKING.store(this_thread(), Ordering::Relaxed);
 }
 
 extern "C" fn in_parent() {
+    FORKING.store(0, Ordering::Relaxed);
     unlock();
 }
 
@@ -187,6 +203,7 @@ extern "C" fn in_child() {
         // SAFETY: ends the child.
         unsafe { libc::abort() };
     }
+    FORKING.store(0, Ordering::Relaxed);
     unlock();
 }
 

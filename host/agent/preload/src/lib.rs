@@ -5,7 +5,7 @@
 //! ends the program with status 111 when it cannot attach; `TLBRIDGE_HEAP=1` puts malloc on device-visible
 //! memory; `TLBRIDGE_HEAP_BYTES` is the size of that arena (1 GiB).
 //!
-//! Interposed: mmap, mmap64, munmap, mremap, madvise, posix_madvise, mprotect, brk, sbrk, shmat, shmdt, and
+//! Interposed: mmap, mmap64, munmap, mremap, madvise, posix_madvise, mprotect, pkey_mprotect, brk, sbrk, shmat, shmdt, and
 //! malloc and its family (which go to glibc's own unless the heap is on).
 //!
 //! Not covered: calls that libc makes internally (thread stacks, its own heap: private memory, which no device

@@ -53,6 +53,9 @@ fn assert_done(out: &Output) {
 
 #[test]
 fn test_program_when_preloaded_is_covered() {
+    if !mock::available() {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let Some(program) = compile(dir.path(), "program.c", &[]) else {
         return;
@@ -83,6 +86,9 @@ fn test_program_when_preloaded_is_covered() {
 
 #[test]
 fn test_program_when_its_heap_is_on_the_arena_works() {
+    if !mock::available() {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let Some(program) = compile(dir.path(), "program.c", &[]) else {
         return;
@@ -136,6 +142,9 @@ fn test_program_when_there_is_no_daemon_runs_without_it() {
 
 #[test]
 fn test_c_interface_when_used_from_c_works() {
+    if !mock::available() {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let library = library();
     let folder = library.parent().unwrap().to_str().unwrap();

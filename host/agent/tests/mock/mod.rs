@@ -101,6 +101,13 @@ pub struct Inner {
 /// Offset of the fake context's GSEG.
 pub const GSEG_OFFSET: u64 = 0x40_0000;
 
+/// Whether attaching can work here; says why not.
+pub fn available() -> bool {
+    agent::userfaultfd_available()
+        .inspect_err(|e| eprintln!("SKIPPED: {e}"))
+        .is_ok()
+}
+
 fn memfd(name: &str, len: u64) -> File {
     let fd = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     let file = File::from(fd);
@@ -151,6 +158,9 @@ impl Mock {
         )
         .unwrap();
         rustix::net::listen(&listener, 8).unwrap();
+        // A real daemon is another process: this one's signal handlers must not run on its threads (and make
+        // calls that only those threads can answer). Threads inherit the mask.
+        let mask = block_signals();
         let mut threads = Vec::new();
         let for_accept = Arc::clone(&inner);
         threads.push(std::thread::spawn(move || accept(&for_accept, &listener)));
@@ -158,6 +168,7 @@ impl Mock {
             let for_mailbox = Arc::clone(&inner);
             threads.push(std::thread::spawn(move || mailbox(&for_mailbox)));
         }
+        restore_signals(&mask);
         Self { dir, inner, threads }
     }
 
@@ -534,6 +545,25 @@ fn watch(inner: &Inner, uffd: &OwnedFd, stop: &AtomicBool) {
             range,
         });
     }
+}
+
+fn block_signals() -> libc::sigset_t {
+    // SAFETY: both sets live on this stack.
+    unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        let mut old: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut all);
+        assert_eq!(
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut old),
+            0
+        );
+        old
+    }
+}
+
+fn restore_signals(mask: &libc::sigset_t) {
+    // SAFETY: the set that block_signals has given.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, mask, std::ptr::null_mut()) };
 }
 
 pub fn pidfd(pid: u32) -> OwnedFd {
