@@ -293,6 +293,38 @@ fn test_model_when_it_has_no_msix_gets_one_self_masking_interrupt() {
     assert_eq!(count(&fd), 2);
 }
 
+#[test]
+fn test_intx_when_disabled_in_config_space_is_pending_in_the_status_until_enabled() {
+    let function =
+        Function::new(|context| Ok::<_, Infallible>(Scratch::build(context, false) as Arc<dyn Model>))
+            .unwrap();
+    let fd = routed(&function, 0);
+    let command = |value: u16| {
+        function
+            .region_write(RegionIndex::CONFIG, 4, &value.to_le_bytes())
+            .unwrap();
+    };
+    let pending = || {
+        let mut byte = [0];
+        function.region_read(RegionIndex::CONFIG, 6, &mut byte).unwrap();
+        let word = read32(&function, RegionIndex::CONFIG, 4) >> 16;
+        assert_eq!(word & 0xff, u32::from(byte[0]));
+        byte[0] & 8 != 0
+    };
+    command(1 << 10);
+    assert_eq!(function.interrupts().trigger(0), Trigger::Pending);
+    assert!(pending() && count(&fd) == 0);
+    command(0);
+    assert!(!pending());
+    assert_eq!(count(&fd), 1);
+    // With MSI-X the bit says nothing about it.
+    let (function, _) = enabled();
+    let fd = routed(&function, 3);
+    function.region_write(RegionIndex::CONFIG, 4, &[0, 4]).unwrap();
+    assert_eq!(function.interrupts().trigger(3), Trigger::Sent);
+    assert_eq!(count(&fd), 1);
+}
+
 /// A model that says what it is told to.
 #[derive(Debug)]
 struct Said(fn() -> Vec<BarSpec>, Option<MsixSpec>);

@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
-use crate::dma::Window;
+use crate::dma::{Lost, Window, lost};
 
 use super::CHUNK;
 use super::cache::Atc;
@@ -19,7 +19,7 @@ thread_local! {
 
 /// A thread that holds a guard must not purge, park or wait: the purge that it (or the one that answers
 /// it) waits for waits for the guard.
-pub(super) fn assert_no_guard(what: &str) {
+pub(crate) fn assert_no_guard(what: &str) {
     let held = HELD.get();
     assert!(
         held == 0,
@@ -111,6 +111,16 @@ impl Guard<'_> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// After a copy or an atomic: whether the memory was there all the time.
+    ///
+    /// # Errors
+    /// [`Lost`]: the client truncated the file behind it. What was read may be zeros, what was written may
+    /// be lost.
+    #[inline]
+    pub fn check(&self) -> Result<(), Lost> {
+        lost::check(self.window.as_ptr())
     }
 
     /// Generation that software gave to the translation.

@@ -27,6 +27,8 @@ mod types;
 #[cfg(not(loom))]
 pub use cache::{Atc, Hooks, HooksAlreadySet, PurgeToken};
 #[cfg(not(loom))]
+pub(crate) use engine::assert_no_guard;
+#[cfg(not(loom))]
 pub use engine::{Engine, Guard};
 pub use types::{
     Access, AtcConfig, AtcStats, Checks, EntryDump, Fill, FillRefused, Miss, PageSize, Purge, PurgeProgress,

@@ -8,6 +8,7 @@ use rustix::fs::SealFlags;
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+use super::lost::Watch;
 use super::{DmaError, POPULATE_LIMIT, Prot};
 
 /// Mapped until dropped. Dropping is the last step of an unmap, after every cache has been drained.
@@ -18,6 +19,8 @@ pub(super) struct Mapping {
     prot: Prot,
     sealed: bool,
     offset: u64,
+    /// Always there, except while it is dropped.
+    watch: Option<Watch>,
 }
 
 // SAFETY: the pointer is to memory shared with another process and is only used by raw accesses.
@@ -64,13 +67,26 @@ impl Mapping {
             len,
             errno: Errno::NOMEM,
         })?;
-        Ok(Self {
+        let mut mapping = Self {
             base,
             len: bytes,
             prot,
             sealed,
             offset,
-        })
+            watch: None,
+        };
+        mapping.watch = Some(Watch::new(base.as_ptr().addr(), bytes).ok_or(DmaError::System {
+            call: "registering the mapping",
+            iova,
+            len,
+            errno: Errno::NOMEM,
+        })?);
+        Ok(mapping)
+    }
+
+    /// Its file was truncated, and an access met that: zeros stand in its place.
+    pub(super) fn is_lost(&self) -> bool {
+        self.watch.as_ref().is_some_and(Watch::is_lost)
     }
 
     pub(super) fn len(&self) -> u64 {
@@ -136,6 +152,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        self.watch = None;
         // SAFETY: the mapping is ours, and whoever drops it has drained everything that points into it.
         if let Err(errno) = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) } {
             tracing::error!(%errno, len = self.len, "munmap of client memory failed; it stays mapped");

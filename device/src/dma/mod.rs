@@ -5,20 +5,30 @@
 //! [`Resolved`] keeps the map from changing) or an entry in a cache that the space can purge (a
 //! [`TargetCache`]): the return of [`Space::unmap`] is the invalidate completion.
 //!
-//! Limits: a client that truncates a mapped file takes the pages away from under the device; the
-//! kernel answers with SIGBUS, as it does to the client itself. [`MappingInfo::sealed`] tells which
-//! mappings cannot be truncated.
-//! A client that maps a file whose file system does not answer (FUSE, a dead network server) keeps
+//! Two kinds of memory: what comes with a file is mapped here, and anything may point to it; what comes
+//! without one is reached by asking the client ([`Messenger`]), which waits, and which no guard covers.
+//!
+//! A client that truncates a mapped file takes the pages away from under the device. The process outlives
+//! that (a handler for SIGBUS is installed with the first mapping), and the access that met it fails:
+//! [`Resolved::check`] after a copy. [`MappingInfo::sealed`] tells which mappings cannot be truncated.
+//!
+//! Limits: a client that maps a file whose file system does not answer (FUSE, a dead network server) keeps
 //! accesses, and with them drains, unmaps and resets, waiting for it.
 
 mod copy;
+pub(crate) mod lost;
+#[cfg(all(test, not(loom)))]
+mod lost_tests;
 mod mapping;
+mod message;
 mod space;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use copy::Window;
-pub use space::{MappingInfo, Resolved, Space, SpaceStats};
+pub use lost::Lost;
+pub use message::Messenger;
+pub use space::{MappingInfo, Quiet, Resolved, Space, SpaceStats};
 
 use std::ops::Range;
 
@@ -157,6 +167,58 @@ pub enum DmaError {
     /// The function is not a bus master (PCI command register, bit 2).
     #[error("bus mastering is off: the device may not reach memory; set bit 2 of the PCI command register")]
     BusMasterOff,
+    /// Mapped without a file: there is nothing to point to.
+    #[error(
+        "the memory at IOVA {iova:#x} came without a file; reach it by message, or share it (memfd, share=on)"
+    )]
+    ByMessage {
+        /// Start of the access.
+        iova: u64,
+    },
+    /// An access by message ended before the client answered.
+    #[error("the access by message to IOVA {iova:#x}+{len:#x} was ended: {why}")]
+    Aborted {
+        /// Start of the access.
+        iova: u64,
+        /// Length of it.
+        len: u64,
+        /// By what.
+        why: &'static str,
+    },
+    /// The client did not answer an access by message.
+    #[error("the client did not answer the access to IOVA {iova:#x}+{len:#x} in time")]
+    NoAnswer {
+        /// Start of the access.
+        iova: u64,
+        /// Length of it.
+        len: u64,
+    },
+    /// The client refused an access by message, or answered it wrongly.
+    #[error("the client refused the access to IOVA {iova:#x}+{len:#x}: {errno}")]
+    Refused {
+        /// Start of the access.
+        iova: u64,
+        /// Length of it.
+        len: u64,
+        /// Its reason; EPROTO for an answer that makes no sense.
+        errno: Errno,
+    },
+    /// This thread must not wait for the client: the client may be waiting for it.
+    #[error(
+        "the thread that serves the client cannot wait for its memory at IOVA {iova:#x}; use another thread"
+    )]
+    ServingThread {
+        /// Start of the access.
+        iova: u64,
+    },
+    /// The file is shorter than it was when it was mapped.
+    #[error("the file behind IOVA {iova:#x}+{len:#x} was truncated; unmap it and map what there is")]
+    Lost {
+        /// Start of the access.
+        iova: u64,
+        /// Length of it.
+        len: u64,
+    },
     /// A system call failed.
     #[error("{call} for IOVA {iova:#x}+{len:#x} failed: {errno}")]
     System {
@@ -186,7 +248,12 @@ impl DmaError {
             Self::TooMany { .. } => Errno::NOSPC,
             Self::NotMapped { .. } => Errno::NOENT,
             Self::Protection { .. } | Self::BusMasterOff => Errno::ACCESS,
-            Self::System { errno, .. } => *errno,
+            Self::ByMessage { .. } => Errno::NOTSUP,
+            Self::Aborted { .. } => Errno::CANCELED,
+            Self::NoAnswer { .. } => Errno::TIMEDOUT,
+            Self::ServingThread { .. } => Errno::DEADLK,
+            Self::Lost { .. } => Errno::FAULT,
+            Self::System { errno, .. } | Self::Refused { errno, .. } => *errno,
         }
     }
 }

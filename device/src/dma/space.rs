@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
 use super::mapping::Mapping;
-use super::{DmaError, MAX_MAPPINGS, Prot, TargetCache, Window};
+use super::{DmaError, MAX_MAPPINGS, Messenger, Prot, TargetCache, Window, lost};
 
 /// IOVA map of one client.
 ///
@@ -20,14 +20,83 @@ pub struct Space {
     /// Lock order: `table` before a cache's own lock; `caches` is never held while anything else is.
     table: RwLock<Table>,
     caches: Mutex<Vec<Weak<dyn TargetCache>>>,
+    /// Taken with or without `table`, held for no call.
+    messenger: Mutex<Option<Arc<dyn Messenger>>>,
     limit: usize,
     counters: Counters,
 }
 
 #[derive(Debug)]
 struct Table {
-    maps: BTreeMap<u64, Mapping>,
+    maps: BTreeMap<u64, Memory>,
     bus_master: bool,
+    /// [`Quiet`] values that live.
+    quiet: usize,
+}
+
+/// What is at an IOVA.
+#[derive(Debug)]
+enum Memory {
+    /// A file, mapped here.
+    Mapped(Mapping),
+    /// Known to the client only.
+    ByMessage { len: u64, prot: Prot },
+}
+
+impl Memory {
+    fn len(&self) -> u64 {
+        match self {
+            Self::Mapped(map) => map.len(),
+            Self::ByMessage { len, .. } => *len,
+        }
+    }
+
+    fn prot(&self) -> Prot {
+        match self {
+            Self::Mapped(map) => map.prot(),
+            Self::ByMessage { prot, .. } => *prot,
+        }
+    }
+}
+
+impl Table {
+    /// The mapping that holds all of `[iova, iova + len)` and permits what is needed.
+    fn lookup(&self, iova: u64, len: u64, need: Prot) -> Result<(u64, &Memory), DmaError> {
+        if !self.bus_master {
+            return Err(DmaError::BusMasterOff);
+        }
+        let end = iova
+            .checked_add(len)
+            .ok_or(DmaError::Wraps { start: iova, len })?;
+        let (&start, memory) = self
+            .maps
+            .range(..=iova)
+            .next_back()
+            .filter(|(start, map)| end <= **start + map.len())
+            .ok_or(DmaError::NotMapped { iova, len })?;
+        let prot = memory.prot();
+        for (needed, allowed, access) in [
+            (need.read, prot.read, "reads"),
+            (need.write, prot.write, "writes"),
+        ] {
+            if needed && !allowed {
+                return Err(DmaError::Protection { iova, access });
+            }
+        }
+        Ok((start, memory))
+    }
+}
+
+/// While it lives no access by message starts; those that ran when it was made have been ended.
+///
+/// A model that is reset waits for its engines, and on the thread that would bring them the client's answers.
+#[derive(Debug)]
+pub struct Quiet<'a>(&'a Space);
+
+impl Drop for Quiet<'_> {
+    fn drop(&mut self) {
+        self.0.write().quiet -= 1;
+    }
 }
 
 #[derive(Debug, Default)]
@@ -70,6 +139,35 @@ pub struct MappingInfo {
     pub prot: Prot,
     /// The file cannot shrink (F_SEAL_SHRINK): no SIGBUS is possible.
     pub sealed: bool,
+    /// The file has shrunk, and an access met that: every further one fails.
+    pub lost: bool,
+    /// There is no file: the client is asked.
+    pub by_message: bool,
+}
+
+/// What does not depend on what is mapped; the end of the range.
+fn check_map(iova: u64, len: u64, offset: u64, prot: Prot) -> Result<u64, DmaError> {
+    let page = rustix::param::page_size() as u64;
+    if len == 0 {
+        return Err(DmaError::Empty { iova });
+    }
+    for (what, value) in [("IOVA", iova), ("length", len), ("file offset", offset)] {
+        if !value.is_multiple_of(page) {
+            return Err(DmaError::Unaligned {
+                what,
+                value,
+                align: page,
+            });
+        }
+    }
+    // `iova + len == 2^64` does not fit either: the last page of the space is not mappable.
+    let end = iova
+        .checked_add(len)
+        .ok_or(DmaError::Wraps { start: iova, len })?;
+    if !prot.read && !prot.write {
+        return Err(DmaError::NoAccess { iova });
+    }
+    Ok(end)
 }
 
 impl Space {
@@ -85,8 +183,10 @@ impl Space {
             table: RwLock::new(Table {
                 maps: BTreeMap::new(),
                 bus_master: true,
+                quiet: 0,
             }),
             caches: Mutex::new(Vec::new()),
+            messenger: Mutex::new(None),
             counters: Counters::default(),
         })
     }
@@ -105,28 +205,24 @@ impl Space {
     /// # Errors
     /// [`DmaError`]: nothing has changed then.
     pub fn map(&self, iova: u64, len: u64, fd: OwnedFd, offset: u64, prot: Prot) -> Result<(), DmaError> {
-        let page = rustix::param::page_size() as u64;
-        if len == 0 {
-            return Err(DmaError::Empty { iova });
-        }
-        for (what, value) in [("IOVA", iova), ("length", len), ("file offset", offset)] {
-            if !value.is_multiple_of(page) {
-                return Err(DmaError::Unaligned {
-                    what,
-                    value,
-                    align: page,
-                });
-            }
-        }
-        // `iova + len == 2^64` does not fit either: the last page of the space is not mappable.
-        let end = iova
-            .checked_add(len)
-            .ok_or(DmaError::Wraps { start: iova, len })?;
-        if !prot.read && !prot.write {
-            return Err(DmaError::NoAccess { iova });
-        }
+        let end = check_map(iova, len, offset, prot)?;
         // Mapped before the lock is taken: mmap may sleep, and fills wait for this lock.
         let mapping = Mapping::new(iova, len, &fd, offset, prot)?;
+        self.insert(iova, end, Memory::Mapped(mapping))
+    }
+
+    /// Let the device reach `[iova, iova + len)` by asking the client ([`Space::read_by_message`]): memory
+    /// that came without a file.
+    ///
+    /// # Errors
+    /// [`DmaError`]: nothing has changed then.
+    pub fn map_by_message(&self, iova: u64, len: u64, prot: Prot) -> Result<(), DmaError> {
+        let end = check_map(iova, len, 0, prot)?;
+        self.insert(iova, end, Memory::ByMessage { len, prot })
+    }
+
+    fn insert(&self, iova: u64, end: u64, memory: Memory) -> Result<(), DmaError> {
+        let len = memory.len();
         let mut table = self.write();
         if let Some((&other, map)) = table.maps.range(..end).next_back()
             && other + map.len() > iova
@@ -141,7 +237,7 @@ impl Space {
         if table.maps.len() >= self.limit {
             return Err(DmaError::TooMany { limit: self.limit });
         }
-        table.maps.insert(iova, mapping);
+        table.maps.insert(iova, memory);
         self.counters.maps.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
@@ -176,7 +272,7 @@ impl Space {
             }
         }
         let starts: Vec<u64> = table.maps.range(iova..end).map(|(&start, _)| start).collect();
-        let dead: Vec<Mapping> = starts.iter().filter_map(|s| table.maps.remove(s)).collect();
+        let dead: Vec<Memory> = starts.iter().filter_map(|s| table.maps.remove(s)).collect();
         drop(table);
         self.bury(iova..end, dead);
         Ok(())
@@ -190,10 +286,11 @@ impl Space {
 
     /// The mappings are out of the table: no resolve finds them. A fill that had resolved one held the
     /// read lock until its entry was in, so the purge sees it.
-    fn bury(&self, iova: Range<u64>, dead: Vec<Mapping>) {
+    fn bury(&self, iova: Range<u64>, dead: Vec<Memory>) {
         if dead.is_empty() {
             return;
         }
+        self.abort_messages(iova.clone());
         self.purge_caches(iova);
         self.counters
             .unmaps
@@ -218,8 +315,69 @@ impl Space {
     pub fn set_bus_master(&self, on: bool) {
         let was = std::mem::replace(&mut self.write().bus_master, on);
         if was && !on {
+            self.abort_messages(0..u64::MAX);
             self.purge_caches(0..u64::MAX);
         }
+    }
+
+    /// Who asks the client, as long as there is one. What was open with the one before is ended.
+    pub fn set_messenger(&self, messenger: Option<Arc<dyn Messenger>>) {
+        let before = std::mem::replace(
+            &mut *self.messenger.lock().unwrap_or_else(PoisonError::into_inner),
+            messenger,
+        );
+        if let Some(before) = before {
+            before.abort(0..u64::MAX);
+        }
+    }
+
+    fn messenger(&self) -> Option<Arc<dyn Messenger>> {
+        self.messenger
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// An access that was opened had found its mapping under the table's lock, so the messenger knows it.
+    fn abort_messages(&self, iova: Range<u64>) {
+        if let Some(messenger) = self.messenger() {
+            messenger.abort(iova);
+        }
+    }
+
+    /// End accesses by message, and let none start while the result lives.
+    pub fn quiet(&self) -> Quiet<'_> {
+        self.write().quiet += 1;
+        self.abort_messages(0..u64::MAX);
+        Quiet(self)
+    }
+
+    /// Open an access by message to as much of `[iova, iova + len)` as one request carries.
+    pub(super) fn open_message(
+        &self,
+        iova: u64,
+        len: usize,
+        need: Prot,
+    ) -> Result<(Arc<dyn Messenger>, u16, usize), DmaError> {
+        #[cfg(not(loom))]
+        crate::atc::assert_no_guard("client memory was asked for by message");
+        let aborted = |why| DmaError::Aborted {
+            iova,
+            len: len as u64,
+            why,
+        };
+        let messenger = self.messenger().ok_or(aborted("no client is connected"))?;
+        let len = len.min(messenger.max_transfer());
+        let table = self.read();
+        if table.quiet > 0 {
+            return Err(aborted("the function is being reset"));
+        }
+        match table.lookup(iova, len as u64, need)? {
+            (_, Memory::ByMessage { .. }) => {}
+            (_, Memory::Mapped(_)) => return Err(aborted("the memory there is mapped")),
+        }
+        let ticket = messenger.open(iova, len as u64)?;
+        Ok((Arc::clone(&messenger), ticket, len))
     }
 
     /// Whether the function may reach memory.
@@ -249,27 +407,12 @@ impl Space {
 
     fn find(&self, iova: u64, len: u64, need: Prot) -> Result<Resolved<'_>, DmaError> {
         let table = self.read();
-        if !table.bus_master {
-            return Err(DmaError::BusMasterOff);
-        }
-        let end = iova
-            .checked_add(len)
-            .ok_or(DmaError::Wraps { start: iova, len })?;
-        let (start, map) = table
-            .maps
-            .range(..=iova)
-            .next_back()
-            .map(|(&start, map)| (start, map))
-            .filter(|(start, map)| end <= start + map.len())
-            .ok_or(DmaError::NotMapped { iova, len })?;
-        let prot = map.prot();
-        for (needed, allowed, access) in [
-            (need.read, prot.read, "reads"),
-            (need.write, prot.write, "writes"),
-        ] {
-            if needed && !allowed {
-                return Err(DmaError::Protection { iova, access });
-            }
+        let (start, map) = match table.lookup(iova, len, need)? {
+            (start, Memory::Mapped(map)) => (start, map),
+            (_, Memory::ByMessage { .. }) => return Err(DmaError::ByMessage { iova }),
+        };
+        if map.is_lost() {
+            return Err(DmaError::Lost { iova, len });
         }
         let ptr = map.at(iova - start, len);
         // SAFETY: the mapping covers the range with these rights, and it cannot leave the table (let
@@ -298,7 +441,7 @@ impl Space {
         let table = self.read();
         SpaceStats {
             mappings: table.maps.len(),
-            mapped_bytes: table.maps.values().map(Mapping::len).sum(),
+            mapped_bytes: table.maps.values().map(Memory::len).sum(),
             maps: self.counters.maps.load(Ordering::Relaxed),
             unmaps: self.counters.unmaps.load(Ordering::Relaxed),
             populates: self.counters.populates.load(Ordering::Relaxed),
@@ -316,9 +459,14 @@ impl Space {
             .map(|(&iova, map)| MappingInfo {
                 iova,
                 len: map.len(),
-                offset: map.offset(),
                 prot: map.prot(),
-                sealed: map.sealed(),
+                offset: match map {
+                    Memory::Mapped(map) => map.offset(),
+                    Memory::ByMessage { .. } => 0,
+                },
+                sealed: matches!(map, Memory::Mapped(map) if map.sealed()),
+                lost: matches!(map, Memory::Mapped(map) if map.is_lost()),
+                by_message: matches!(map, Memory::ByMessage { .. }),
             })
             .collect()
     }
@@ -376,9 +524,23 @@ impl Resolved<'_> {
         self.window.write(0, from);
     }
 
+    /// After a copy: whether the memory was there all the time.
+    ///
+    /// # Errors
+    /// [`DmaError::Lost`]: the client truncated the file. What was copied out may be zeros, what was copied
+    /// in may be lost.
+    pub fn check(&self) -> Result<(), DmaError> {
+        lost::check(self.window.as_ptr()).map_err(|_| DmaError::Lost {
+            iova: self.iova,
+            len: self.window.len() as u64,
+        })
+    }
+
     /// Make the pages present, at most [`super::POPULATE_LIMIT`] around `focus` (an offset in the range).
     pub(crate) fn populate(&self, focus: u64, write: bool) -> Result<(), DmaError> {
-        let map = &self.table.maps[&self.start];
+        let Memory::Mapped(map) = &self.table.maps[&self.start] else {
+            unreachable!("only a mapping is resolved, and the lock is held");
+        };
         let offset = self.iova - self.start;
         let len = self.window.len() as u64;
         self.space.counters.populates.fetch_add(1, Ordering::Relaxed);

@@ -185,10 +185,14 @@ impl ConfigSpace {
         self.in_d0() && self.u16(reg::COMMAND) & reg::COMMAND_MASTER != 0
     }
 
-    /// MSI-X function mask.
+    /// All interrupts are held back: MSI-X function mask, or INTx disable for a function without MSI-X.
     #[must_use]
     pub fn function_mask(&self) -> bool {
-        self.msix && self.u16(MSIX + msix::CTRL) & msix::CTRL_FUNCTION_MASK != 0
+        if self.msix {
+            self.u16(MSIX + msix::CTRL) & msix::CTRL_FUNCTION_MASK != 0
+        } else {
+            self.u16(reg::COMMAND) & reg::COMMAND_INTX_DISABLE != 0
+        }
     }
 }
 

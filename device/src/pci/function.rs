@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use protos::pci::{Bar, BarError, CONFIG_SPACE_SIZE, msix};
+use protos::pci::{Bar, BarError, CONFIG_SPACE_SIZE, config as reg, msix};
 use protos::vfio_user::{IrqIndex, RegionIndex};
 use rustix::io::Errno;
 
@@ -236,7 +236,16 @@ impl Function {
         }
     }
 
-    fn check(&self, region: RegionIndex, offset: u64, len: usize) -> Result<(), RegionError> {
+    /// Whether `[offset, offset + len)` is inside the region.
+    ///
+    /// # Errors
+    /// [`RegionError`].
+    pub(crate) fn check_access(
+        &self,
+        region: RegionIndex,
+        offset: u64,
+        len: usize,
+    ) -> Result<(), RegionError> {
         let size = self.region(region).ok_or(RegionError::NoRegion(region.0))?.size;
         if size == 0 {
             return Err(RegionError::NoRegion(region.0));
@@ -257,9 +266,10 @@ impl Function {
     /// # Errors
     /// [`RegionError`].
     pub fn region_read(&self, region: RegionIndex, offset: u64, data: &mut [u8]) -> Result<(), RegionError> {
-        self.check(region, offset, data.len())?;
+        self.check_access(region, offset, data.len())?;
         let Some(bar) = region.bar() else {
             self.config().read(offset as usize, data);
+            self.add_intx_status(offset, data);
             return Ok(());
         };
         if !self.memory_enabled.load(Ordering::Acquire) {
@@ -289,7 +299,7 @@ impl Function {
     /// [`RegionError`]. A write that spans the model's registers and the MSI-X table may have been done in
     /// part.
     pub fn region_write(&self, region: RegionIndex, offset: u64, data: &[u8]) -> Result<(), RegionError> {
-        self.check(region, offset, data.len())?;
+        self.check_access(region, offset, data.len())?;
         let Some(bar) = region.bar() else {
             self.config_write(offset as usize, data);
             return Ok(());
@@ -348,6 +358,17 @@ impl Function {
         Ok(())
     }
 
+    /// Interrupt Status (PCI 3.0 6.2.3): INTx is pending, be it disabled or not.
+    fn add_intx_status(&self, offset: u64, data: &mut [u8]) {
+        let at = (reg::STATUS as u64).checked_sub(offset);
+        if self.msix.is_none()
+            && let Some(byte) = at.and_then(|at| data.get_mut(at as usize))
+            && self.interrupts.is_pending(0)
+        {
+            *byte |= reg::STATUS_INTERRUPT as u8;
+        }
+    }
+
     fn config(&self) -> std::sync::MutexGuard<'_, ConfigSpace> {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -392,6 +413,8 @@ impl Function {
     /// DEVICE_RESET. Config space, table and eventfds stay, as with the kernel's VFIO; the model has its
     /// reset state and nothing is pending.
     pub fn reset(&self) {
+        // An engine that waits for the client's memory would wait for the thread that is here.
+        let _quiet = self.dma.quiet();
         self.model.reset();
         self.interrupts.clear_pending();
     }

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use protos::pci::msix;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::signal::signal;
 
 /// What became of an interrupt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,26 +76,6 @@ impl Vector {
             0
         };
         self.entry = [0, 0, 0, mask];
-    }
-}
-
-/// Add 1 to an eventfd without ever waiting.
-///
-/// The descriptor is the client's: its O_NONBLOCK flag is shared with the client (setting it would change
-/// what the client's own reads do) and can be taken back by it. A full counter makes a blocking write wait,
-/// so the room is checked first. Losing the write is right then: the reader will wake up anyhow.
-fn signal(fd: &OwnedFd) {
-    let mut fds = [PollFd::new(fd, PollFlags::OUT)];
-    if poll(
-        &mut fds,
-        Some(&Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        }),
-    ) == Ok(1)
-        && fds[0].revents().contains(PollFlags::OUT)
-    {
-        let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
     }
 }
 

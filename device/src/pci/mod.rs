@@ -16,11 +16,13 @@
 //!   set later are obeyed. The MSI-X enable bit is kept but decides nothing.
 //!
 //! Not implemented: I/O BARs, expansion ROM, MSI, extended capabilities, INTx level semantics (a model
-//! without MSI-X has one edge-like interrupt that masks itself until UNMASK).
+//! without MSI-X has one edge-like interrupt that masks itself until UNMASK; INTx disable holds it back, and
+//! Interrupt Status shows that it is pending).
 
 mod config;
 mod function;
 mod interrupts;
+mod signal;
 
 pub use config::ConfigSpace;
 pub use function::{ComposeError, Function, RegionError, RegionInfo};

@@ -4,14 +4,18 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use protos::vfio_user::{Capabilities, Header, MessageType};
+use protos::vfio_user::{
+    Capabilities, Command, DmaUnmap, Header, IrqInfo, MessageType, RegionAccess, RegionWriteOne,
+};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::ServerOptions;
-use super::dispatch::{Refusal, ReplyBuffer, ReplyFds};
+use super::dispatch::{MAX_MULTI_WRITES, Refusal, ReplyBuffer, ReplyFds};
 use super::frame::{self, Ended, Fds, MAX_FDS, Receiver};
+use super::requests::{Outgoing, RequestOptions, Requests, this_thread_serves};
+use super::twin::Twin;
 use crate::pci::Function;
 
 /// Refusals of one connection that are logged as warnings; later ones only at debug level, as a client can
@@ -25,12 +29,19 @@ pub(super) struct Session<'f> {
     pub(super) options: &'f ServerOptions,
     /// The client's capabilities, once VERSION has been answered.
     pub(super) negotiated: Option<Capabilities>,
+    /// REGION_WRITE_MULTI was agreed on.
+    pub(super) write_multiple: bool,
+    /// Our end of the twin socket, if one was agreed on.
+    pub(super) twin: Option<OwnedFd>,
 }
 
 pub(super) struct Connection<'f> {
-    socket: Arc<OwnedFd>,
+    out: Arc<Outgoing>,
     session: Session<'f>,
     stopping: &'f AtomicBool,
+    /// What the client is asked, once VERSION has been answered.
+    requests: Option<Arc<Requests>>,
+    twin: Option<Twin>,
     receiver: Receiver,
     reply: ReplyBuffer,
     fds: Fds,
@@ -45,13 +56,17 @@ impl<'f> Connection<'f> {
         stopping: &'f AtomicBool,
     ) -> Self {
         Self {
-            socket,
+            out: Outgoing::new(socket),
             session: Session {
                 function,
                 options,
                 negotiated: None,
+                write_multiple: false,
+                twin: None,
             },
             stopping,
+            requests: None,
+            twin: None,
             receiver: Receiver::new(options.busy_poll),
             reply: ReplyBuffer::default(),
             fds: Fds::default(),
@@ -61,11 +76,24 @@ impl<'f> Connection<'f> {
 
     /// Serve until the client goes, or has to. Says why.
     pub(super) fn run(mut self) -> Ended {
+        this_thread_serves();
+        let ended = self.serve();
+        if let Some(requests) = self.requests.take() {
+            requests.close();
+            self.session.function.dma().set_messenger(None);
+        }
+        if let Some(twin) = self.twin.take() {
+            twin.join();
+        }
+        ended
+    }
+
+    fn serve(&mut self) -> Ended {
         let timeout = self.session.options.client_timeout;
-        if let Err(errno) = set_socket_timeout(&*self.socket, Timeout::Send, Some(timeout)) {
+        if let Err(errno) = set_socket_timeout(&**self.out.socket(), Timeout::Send, Some(timeout)) {
             return Ended::Socket(errno);
         }
-        if let Err(ended) = frame::wait_readable(&self.socket, timeout, "send VERSION") {
+        if let Err(ended) = frame::wait_readable(self.out.socket(), timeout, "send VERSION") {
             return ended;
         }
         loop {
@@ -85,18 +113,19 @@ impl<'f> Connection<'f> {
 
     fn one_message(&mut self) -> Result<(), Ended> {
         let timeout = self.session.options.client_timeout;
-        let header = self.receiver.next(&self.socket, &mut self.fds, timeout)?;
-        // Head of a region access, and its data: nothing is longer.
-        let limit = Header::SIZE + 16 + self.session.options.max_data_xfer_size as usize;
+        let header = self.receiver.next(self.out.socket(), &mut self.fds, timeout)?;
+        let limit = longest_message(self.session.options.max_data_xfer_size);
         let len = match header.payload_len(limit) {
             Ok(len) => len,
             Err(error) => {
                 // Where the next message starts is unknown (or very far away): answer, then hang up.
-                self.send_error(&header, Errno::MSGSIZE)?;
+                self.send_error(&header, Errno::MSGSIZE, 0)?;
                 return Err(error.into());
             }
         };
-        let body = self.receiver.body(&self.socket, len, &mut self.fds, timeout)?;
+        let body = self
+            .receiver
+            .body(self.out.socket(), len, &mut self.fds, timeout)?;
 
         self.reply.clear();
         let outcome = match header.flags.message_type() {
@@ -106,6 +135,11 @@ impl<'f> Connection<'f> {
                 .dispatch(&header, body, &mut self.fds, &mut self.reply),
             // Never answer an answer.
             MessageType::Reply => {
+                // With a twin socket nothing was asked here.
+                let requests = self.requests.as_ref().filter(|_| self.twin.is_none());
+                if requests.is_some_and(|requests| requests.deliver(&header, body)) {
+                    return Ok(());
+                }
                 self.log_refusal(&header, &Refusal::UnexpectedReply);
                 self.fds.clear();
                 return Ok(());
@@ -116,25 +150,65 @@ impl<'f> Connection<'f> {
         self.fds.clear();
         match outcome {
             Err(refusal) => {
+                let padding = if self.session.options.padded_errors {
+                    let limit = self.session.options.max_data_xfer_size;
+                    reply_len(header.command, body, limit)
+                } else {
+                    0
+                };
                 self.log_refusal(&header, &refusal);
-                self.send_error(&header, refusal.errno())
+                self.send_error(&header, refusal.errno(), padding)
             }
             Ok(_) if header.no_reply() => Ok(()),
             Ok(fds) => {
                 let message = self.reply.finish(&header);
                 match fds {
-                    ReplyFds::None => frame::send_message(&self.socket, message, &[]),
-                    ReplyFds::Region(fd) => frame::send_message(&self.socket, message, &[fd]),
+                    ReplyFds::None => self.out.send(message, &[])?,
+                    ReplyFds::Region(fd) => self.out.send(message, &[fd])?,
+                    ReplyFds::Twin(fd) => self.out.send(message, &[fd.as_fd()])?,
                     ReplyFds::Io(list) => {
                         let fds: Vec<_> = list.iter().map(|io| io.fd.as_fd()).collect();
-                        frame::send_message(&self.socket, message, &fds)
+                        self.out.send(message, &fds)?;
                     }
                 }
+                if self.requests.is_none() && self.session.negotiated.is_some() {
+                    self.start_requests()?;
+                }
+                Ok(())
             }
         }
     }
 
-    fn send_error(&self, request: &Header, errno: Errno) -> Result<(), Ended> {
+    /// VERSION has been agreed on: from now on the device can ask this client for its memory.
+    fn start_requests(&mut self) -> Result<(), Ended> {
+        let Some(theirs) = &self.session.negotiated else {
+            return Ok(());
+        };
+        let options = self.session.options;
+        let request_options = RequestOptions {
+            max_transfer: options.max_data_xfer_size.min(theirs.max_data_xfer_size()) as usize,
+            timeout: options.dma_timeout,
+            // Of the clients that are known only QEMU's proposes this, and only QEMU's layout is short.
+            may_be_short: theirs.write_multiple == Some(true),
+        };
+        let requests = match self.session.twin.take() {
+            None => Requests::new(Arc::clone(&self.out), request_options),
+            Some(socket) => {
+                set_socket_timeout(&socket, Timeout::Send, Some(options.client_timeout))
+                    .map_err(Ended::Socket)?;
+                let out = Outgoing::new(Arc::new(socket));
+                let requests = Requests::new(Arc::clone(&out), request_options);
+                self.twin = Some(Twin::start(out, &requests, *options)?);
+                requests
+            }
+        };
+        self.requests = Some(Arc::clone(&requests));
+        self.session.function.dma().set_messenger(Some(requests));
+        Ok(())
+    }
+
+    /// `padding` bytes of zeros follow the header.
+    fn send_error(&mut self, request: &Header, errno: Errno, padding: usize) -> Result<(), Ended> {
         if request.no_reply() {
             return Ok(());
         }
@@ -143,7 +217,11 @@ impl<'f> Connection<'f> {
             .ok()
             .filter(|errno| *errno != 0);
         let errno = errno.unwrap_or(Errno::IO.raw_os_error() as u32);
-        frame::send_message(&self.socket, request.error_reply(errno).as_bytes(), &[])
+        if padding == 0 {
+            return self.out.send(request.error_reply(errno).as_bytes(), &[]);
+        }
+        let header = request.padded_error_reply(errno, padding);
+        self.out.send(self.reply.padded(&header, padding), &[])
     }
 
     fn log_refusal(&mut self, header: &Header, refusal: &Refusal) {
@@ -153,5 +231,27 @@ impl<'f> Connection<'f> {
         } else {
             tracing::debug!(command = %header.command, id = header.message_id, %refusal, "message refused");
         }
+    }
+}
+
+/// Nothing that is accepted is longer: a region access (or an answer to DMA_READ) with its data, or a
+/// REGION_WRITE_MULTI.
+pub(super) fn longest_message(max_data_xfer_size: u32) -> usize {
+    let multi = size_of::<u64>() + MAX_MULTI_WRITES * RegionWriteOne::SIZE;
+    Header::SIZE + multi.max(size_of::<RegionAccess>() + max_data_xfer_size as usize)
+}
+
+/// Bytes of payload that a good reply would have had, for the commands whose replies Cloud Hypervisor reads
+/// at full size whatever the header says.
+fn reply_len(command: Command, body: &[u8], limit: u32) -> usize {
+    match command {
+        Command::REGION_READ => {
+            let count = RegionAccess::read_from_prefix(body).map_or(0, |(access, _)| access.count);
+            size_of::<RegionAccess>() + if count <= limit { count as usize } else { 0 }
+        }
+        Command::REGION_WRITE => size_of::<RegionAccess>(),
+        Command::DMA_UNMAP => size_of::<DmaUnmap>(),
+        Command::DEVICE_GET_IRQ_INFO => size_of::<IrqInfo>(),
+        _ => 0,
     }
 }

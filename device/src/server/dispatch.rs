@@ -1,12 +1,12 @@
 //! What each command does.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use protos::vfio_user::{
     Capabilities, Command, DeviceFlags, DeviceInfo, DmaFlags, DmaMap, DmaUnmap, DmaUnmapFlags, Header, IoFd,
     IoFdType, IoFdsInfo, IrqIndex, IrqInfo, IrqInfoFlags, IrqSetError, RegionAccess, RegionFlags,
-    RegionIndex, RegionInfo, SparseArea, SparseMmapHeader, VERSION_MAJOR, VERSION_MINOR, VersionData,
-    VersionError, VersionHeader, encode_sparse_mmap,
+    RegionIndex, RegionInfo, RegionWriteOne, SparseArea, SparseMmapHeader, TwinSocket, VERSION_MAJOR,
+    VERSION_MINOR, VersionData, VersionError, VersionHeader, encode_sparse_mmap,
 };
 use rustix::io::Errno;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -16,6 +16,13 @@ use super::frame::{Fds, MAX_FDS};
 use crate::dma::{DmaError, MAX_MAPPINGS, Prot};
 use crate::model::IoEventFd;
 use crate::pci::RegionError;
+
+/// Writes in one REGION_WRITE_MULTI: what QEMU sends at most (`VFIO_USER_MULTI_MAX`).
+pub(super) const MAX_MULTI_WRITES: usize = 200;
+
+/// What the reply to VERSION may be longer than the request, for clients that know twin sockets. (No client
+/// is known that does and has no room for a longer reply; QEMU has none and does not know them.)
+const TWIN_ROOM: usize = 64;
 
 /// Why a message was refused. It had no effect, unless the variant says otherwise.
 #[derive(Debug, thiserror::Error)]
@@ -48,8 +55,12 @@ pub(super) enum Refusal {
     Flags(u32),
     #[error("{count} bytes are over the limit of {limit}")]
     Count { count: u32, limit: u32 },
-    #[error("memory without a file descriptor cannot be reached yet; share it (memfd, share=on)")]
-    NoFd,
+    #[error("{0} writes are over the limit of {MAX_MULTI_WRITES}")]
+    Writes(u64),
+    #[error("a file offset without a file")]
+    OffsetWithoutFile,
+    #[error("no socket pair for the twin socket: {0}")]
+    Twin(Errno),
     #[error("no {what} {index}")]
     NoIndex { what: &'static str, index: u32 },
     #[error(transparent)]
@@ -67,8 +78,9 @@ pub(super) enum Refusal {
 impl Refusal {
     pub(super) fn errno(&self) -> Errno {
         match self {
-            Self::Unsupported | Self::NoFd | Self::IrqEventFdAction => Errno::NOTSUP,
-            Self::Count { .. } => Errno::TOOBIG,
+            Self::Unsupported | Self::IrqEventFdAction => Errno::NOTSUP,
+            Self::Count { .. } | Self::Writes(_) => Errno::TOOBIG,
+            Self::Twin(errno) => *errno,
             Self::Dma(error) => error.errno(),
             Self::Region(error) => error.errno(),
             _ => Errno::INVAL,
@@ -81,6 +93,7 @@ pub(super) enum ReplyFds<'f> {
     None,
     Region(BorrowedFd<'f>),
     Io(Vec<IoEventFd>),
+    Twin(OwnedFd),
 }
 
 /// A reply, in a buffer that is used again: room for the header, then the payload.
@@ -98,6 +111,14 @@ impl ReplyBuffer {
     pub(super) fn finish(&mut self, request: &Header) -> &[u8] {
         let header = request.reply(self.0.len() - Header::SIZE);
         self.0[..Header::SIZE].copy_from_slice(header.as_bytes());
+        &self.0
+    }
+
+    /// A message that is a header and `padding` bytes of zeros.
+    pub(super) fn padded(&mut self, header: &Header, padding: usize) -> &[u8] {
+        self.0.clear();
+        self.0.extend_from_slice(header.as_bytes());
+        self.0.resize(Header::SIZE + padding, 0);
         &self.0
     }
 
@@ -148,8 +169,7 @@ impl<'f> Session<'f> {
     ) -> Result<ReplyFds<'f>, Refusal> {
         let command = header.command;
         if command == Command::VERSION {
-            self.version(header, body, fds, reply)?;
-            return Ok(ReplyFds::None);
+            return self.version(header, body, fds, reply);
         }
         if self.negotiated.is_none() {
             return Err(Refusal::NotNegotiated);
@@ -160,6 +180,7 @@ impl<'f> Session<'f> {
         match command {
             Command::REGION_READ => self.region_read(body, reply)?,
             Command::REGION_WRITE => self.region_write(body, reply)?,
+            Command::REGION_WRITE_MULTI if self.write_multiple => self.region_write_multi(body, reply)?,
             Command::DMA_MAP => self.dma_map(body, fds)?,
             Command::DMA_UNMAP => self.dma_unmap(body, reply)?,
             Command::DEVICE_GET_INFO => self.device_info(body, reply)?,
@@ -187,7 +208,7 @@ impl<'f> Session<'f> {
         body: &[u8],
         fds: &Fds,
         reply: &mut ReplyBuffer,
-    ) -> Result<(), Refusal> {
+    ) -> Result<ReplyFds<'f>, Refusal> {
         if self.negotiated.is_some() {
             return Err(Refusal::AlreadyNegotiated);
         }
@@ -206,24 +227,44 @@ impl<'f> Session<'f> {
             max_data_xfer_size: Some(self.options.max_data_xfer_size),
             pgsizes: Some(rustix::param::page_size() as u64),
             max_dma_maps: Some(MAX_MAPPINGS as u32),
-            write_multiple: Some(false),
+            write_multiple: Some(true),
+            twin_socket: Some(TwinSocket {
+                supported: true,
+                fd_index: Some(0),
+            }),
         };
         let minor = version.minor.min(VERSION_MINOR);
         let answer = VersionData {
             capabilities: data.capabilities.as_ref().map(|theirs| ours.answer_to(theirs)),
         };
-        answer.encode_within(
+        // A client that can do a twin socket could not name the descriptor: there is more to be said to it.
+        let twin = answer
+            .capabilities
+            .as_ref()
+            .is_some_and(|answer| answer.twin_socket.is_some());
+        let limit = body.len() + if twin { TWIN_ROOM } else { 0 };
+        let sent = answer.encode_within(
             VersionHeader {
                 major: VERSION_MAJOR,
                 minor,
             },
-            body.len(),
+            limit,
             &mut reply.0,
         );
         let theirs = data.capabilities.unwrap_or_default();
         tracing::debug!(?version, ?theirs, "version agreed on");
+        let agreed = sent.capabilities.unwrap_or_default();
+        let reply_fds = match agreed.twin_socket {
+            None => ReplyFds::None,
+            Some(_) => {
+                let (ours, client) = super::twin::pair().map_err(Refusal::Twin)?;
+                self.twin = Some(ours);
+                ReplyFds::Twin(client)
+            }
+        };
+        self.write_multiple = agreed.write_multiple == Some(true);
         self.negotiated = Some(theirs);
-        Ok(())
+        Ok(reply_fds)
     }
 
     fn device_info(&self, body: &[u8], reply: &mut ReplyBuffer) -> Result<(), Refusal> {
@@ -379,24 +420,77 @@ impl<'f> Session<'f> {
         Ok(())
     }
 
+    /// All writes are checked before one is done; then each is done, as if it had come by itself. One that the
+    /// model does not decode has no effect, as on a bus. The reply says how many had one.
+    fn region_write_multi(&self, body: &[u8], reply: &mut ReplyBuffer) -> Result<(), Refusal> {
+        let (count, rest): (u64, _) = starts_with(body)?;
+        if count > MAX_MULTI_WRITES as u64 {
+            return Err(Refusal::Writes(count));
+        }
+        let expected = count as usize * RegionWriteOne::SIZE;
+        if rest.len() != expected {
+            return Err(Refusal::Size {
+                expected: size_of::<u64>() + expected,
+                got: body.len(),
+            });
+        }
+        let writes = || {
+            rest.chunks_exact(RegionWriteOne::SIZE)
+                .map(|one| RegionWriteOne::read_from_bytes(one).expect("an exact chunk"))
+        };
+        for one in writes() {
+            let limit = one.data.len() as u32;
+            if one.count > limit {
+                return Err(Refusal::Count {
+                    count: one.count,
+                    limit,
+                });
+            }
+            self.function
+                .check_access(RegionIndex(one.region), one.offset, one.count as usize)?;
+        }
+        let mut done = 0u64;
+        let mut failed = None;
+        for one in writes() {
+            let data = &one.data[..one.count as usize];
+            match self
+                .function
+                .region_write(RegionIndex(one.region), one.offset, data)
+            {
+                Ok(()) => done += 1,
+                Err(error) => failed = failed.or(Some(error)),
+            }
+        }
+        match failed {
+            Some(error) if done == 0 => return Err(error.into()),
+            Some(error) => tracing::debug!(%error, done, count, "not all writes of a message had an effect"),
+            None => {}
+        }
+        reply.put(&done);
+        Ok(())
+    }
+
     fn dma_map(&self, body: &[u8], fds: &mut Fds) -> Result<(), Refusal> {
         let map: DmaMap = exactly(body)?;
         check_argsz(map.argsz, size_of::<DmaMap>())?;
         if map.flags.unknown() != 0 {
             return Err(Refusal::Flags(map.flags.0));
         }
-        let fd = match fds.len() {
-            0 => return Err(Refusal::NoFd),
-            1 => fds.take(0).expect("one file descriptor came"),
-            several => return Err(Refusal::UnexpectedFds(several)),
-        };
         let prot = Prot {
             read: map.flags.contains(DmaFlags::READ),
             write: map.flags.contains(DmaFlags::WRITE),
         };
-        self.function
-            .dma()
-            .map(map.address, map.size, fd, map.offset, prot)?;
+        let dma = self.function.dma();
+        match fds.len() {
+            // QEMU: ROMs, RAM without share=on, BARs of other devices.
+            0 if map.offset != 0 => return Err(Refusal::OffsetWithoutFile),
+            0 => dma.map_by_message(map.address, map.size, prot)?,
+            1 => {
+                let fd = fds.take(0).expect("one file descriptor came");
+                dma.map(map.address, map.size, fd, map.offset, prot)?;
+            }
+            several => return Err(Refusal::UnexpectedFds(several)),
+        }
         Ok(())
     }
 

@@ -1,12 +1,15 @@
 //! The listening socket and its file, and the stop signal.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fs::{FileType, Mode, fchmod, lstat, unlink};
+use rustix::fs::{
+    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, fchmod, flock, linkat, lstat, open, rename, unlink,
+};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
@@ -103,49 +106,47 @@ impl Listener {
             Errno::NAMETOOLONG => BindError::PathTooLong { path: path.into() },
             other => system("socket address")(other),
         })?;
-        let new_socket = || {
-            socket_with(
-                AddressFamily::UNIX,
-                SocketType::STREAM,
-                SocketFlags::CLOEXEC,
-                None,
-            )
-        };
-        let fd = new_socket().map_err(system("socket"))?;
+        let fd = stream_socket(SocketFlags::CLOEXEC).map_err(system("socket"))?;
         // Linux gives the file the mode of the socket's inode, so it is never open to others.
         fchmod(&fd, Mode::RUSR | Mode::WUSR).map_err(system("fchmod"))?;
-        match bind(&fd, &address) {
-            Err(Errno::ADDRINUSE) => {
-                let file = lstat(path).map_err(system("stat"))?;
-                if FileType::from_raw_mode(file.st_mode) != FileType::Socket {
-                    return Err(BindError::NotASocket { path: path.into() });
-                }
-                // Refused = a file without a listener. A full listen queue is a listener, hence non-blocking.
-                let probe = socket_with(
-                    AddressFamily::UNIX,
-                    SocketType::STREAM,
-                    SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-                    None,
-                )
-                .map_err(system("socket"))?;
-                match connect(&probe, &address) {
-                    Err(Errno::CONNREFUSED) => {
-                        tracing::info!(socket = %path.display(), "replacing a stale socket")
-                    }
-                    _ => return Err(BindError::InUse { path: path.into() }),
-                }
-                unlink(path).map_err(system("unlink"))?;
-                bind(&fd, &address).map_err(system("bind"))?;
-            }
-            result => result.map_err(system("bind"))?,
-        }
-        let file = lstat(path).map_err(system("stat"))?;
+        // Under a name of its own first: what appears under the right name listens already, so nobody takes
+        // it for stale.
+        let temporary = Temporary::bind(&fd, path).map_err(|(call, errno)| system(call)(errno))?;
+        listen(&fd, 8).map_err(system("listen"))?;
+        let file = lstat(&temporary.0).map_err(system("stat"))?;
         let listener = Self {
             fd,
             path: path.into(),
             file: (file.st_dev, file.st_ino),
         };
-        listen(&listener.fd, 8).map_err(system("listen"))?;
+        match linkat(CWD, &temporary.0, CWD, path, AtFlags::empty()) {
+            Ok(()) => return Ok(listener),
+            Err(Errno::EXIST) => {}
+            Err(errno) => return Err(system("link")(errno)),
+        }
+        // Looking and replacing are one step for everybody who does it: the directory is locked. Whoever
+        // finds it locked is too late.
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = open(directory_of(path), flags, Mode::empty()).map_err(system("open"))?;
+        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => return Err(BindError::InUse { path: path.into() }),
+            result => result.map_err(system("flock"))?,
+        }
+        match lstat(path) {
+            Ok(file) if FileType::from_raw_mode(file.st_mode) == FileType::Socket => {}
+            Ok(_) => return Err(BindError::NotASocket { path: path.into() }),
+            // Its owner has just removed it.
+            Err(Errno::NOENT) => {}
+            Err(errno) => return Err(system("stat")(errno)),
+        }
+        // Refused = a file without a listener. A full listen queue is a listener, hence non-blocking.
+        let probe = stream_socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).map_err(system("socket"))?;
+        match connect(&probe, &address) {
+            Err(Errno::CONNREFUSED | Errno::NOENT) => {}
+            _ => return Err(BindError::InUse { path: path.into() }),
+        }
+        tracing::info!(socket = %path.display(), "replacing a stale socket");
+        rename(&temporary.0, path).map_err(system("rename"))?;
         Ok(listener)
     }
 
@@ -155,6 +156,58 @@ impl Listener {
 
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+fn stream_socket(flags: SocketFlags) -> Result<OwnedFd, Errno> {
+    socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+}
+
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// The socket's first name, beside the right one. Removed when dropped.
+struct Temporary(PathBuf);
+
+impl Temporary {
+    fn bind(fd: &OwnedFd, path: &Path) -> Result<Self, (&'static str, Errno)> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let directory = directory_of(path);
+        loop {
+            let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+            let name = format!(".{:x}-{number:x}.tlb", std::process::id());
+            let long = directory.join(&name);
+            let address = match SocketAddrUnix::new(&long) {
+                Ok(address) => Ok(address),
+                // The right name is short enough, this one is not: reach the directory by a shorter way.
+                Err(Errno::NAMETOOLONG) => {
+                    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                    let directory = open(directory, flags, Mode::empty()).map_err(|errno| ("open", errno))?;
+                    let short = format!("/proc/self/fd/{}/{name}", directory.as_raw_fd());
+                    let result = SocketAddrUnix::new(short).and_then(|address| bind(fd, &address));
+                    match result {
+                        Err(Errno::ADDRINUSE) => continue,
+                        result => return result.map(|()| Self(long)).map_err(|errno| ("bind", errno)),
+                    }
+                }
+                Err(errno) => Err(errno),
+            };
+            match address.and_then(|address| bind(fd, &address)) {
+                // Left by a process that was killed here, and had the same id.
+                Err(Errno::ADDRINUSE) => {}
+                result => return result.map(|()| Self(long)).map_err(|errno| ("bind", errno)),
+            }
+        }
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        let _ = unlink(&self.0);
     }
 }
 
@@ -187,6 +240,47 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         Listener::bind(&path).unwrap();
+    }
+
+    #[test]
+    fn test_bind_when_several_start_at_once_on_a_stale_socket_exactly_one_gets_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        for _ in 0..50 {
+            drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+            let start = std::sync::Barrier::new(3);
+            let results: Vec<_> = std::thread::scope(|scope| {
+                let one = || {
+                    start.wait();
+                    Listener::bind(&path)
+                };
+                let threads: Vec<_> = (0..3).map(|_| scope.spawn(one)).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            let mut won = results.iter().filter_map(|result| result.as_ref().ok());
+            let winner = won.next().expect("somebody gets it");
+            assert!(won.next().is_none(), "two listen on one path");
+            let others = results.iter().filter_map(|result| result.as_ref().err());
+            others.for_each(|error| assert!(matches!(error, BindError::InUse { .. }), "{error}"));
+            // The path leads to the one that has it.
+            let _client = std::os::unix::net::UnixStream::connect(&path).unwrap();
+            assert!(rustix::net::accept(winner.fd()).is_ok());
+            drop(results);
+            assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+        }
+    }
+
+    #[test]
+    fn test_bind_when_the_path_just_fits_works() {
+        let directory = tempfile::tempdir().unwrap();
+        let room = 107 - directory.path().as_os_str().len() - 1;
+        let path = directory.path().join("d".repeat(room - 2)).join("s");
+        std::fs::create_dir(path.parent().unwrap()).unwrap();
+        assert_eq!(path.as_os_str().len(), 107);
+        let listener = Listener::bind(&path).unwrap();
+        std::os::unix::net::UnixStream::connect(&path).unwrap();
+        drop(listener);
+        assert!(!path.exists());
     }
 
     #[test]

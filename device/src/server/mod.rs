@@ -8,8 +8,17 @@
 //! Client input is hostile: sizes are checked before anything is allocated or read, a refused message's
 //! body is consumed and does nothing, file descriptors that nobody asked for are closed.
 //!
-//! Not implemented: DMA_MAP without a file descriptor (DMA_READ, DMA_WRITE), WRITE_MULTI, twin socket,
-//! DEVICE_FEATURE and migration, SET_IRQS with an eventfd for MASK or UNMASK.
+//! Memory without a file is reached by DMA_READ and DMA_WRITE ([`crate::dma::Space::read_by_message`]), whose
+//! messages cross the client's own on the same socket, or go over a twin socket when the client can do that.
+//!
+//! Errors are answered as the specification says, with a header alone. Cloud Hypervisor reads the replies to
+//! region accesses, DMA_UNMAP and GET_IRQ_INFO at full size without looking at the flag, and a vCPU of it
+//! waits for ever for the rest; libvfio-user's client on the other hand reads nothing after an error's
+//! header, so that a body would be taken for the next reply. Neither can be told apart by what it says in
+//! VERSION, hence [`ServerOptions::padded_errors`], off unless asked for.
+//!
+//! Not implemented: DEVICE_FEATURE and migration, SET_IRQS with an eventfd for MASK or UNMASK (ENOTSUP; QEMU
+//! goes on without, the interrupt is then unmasked by message).
 
 mod connection;
 mod dispatch;
@@ -17,6 +26,8 @@ mod frame;
 mod irqs;
 mod listener;
 mod peer;
+mod requests;
+mod twin;
 
 pub use listener::{BindError, StopFd};
 
@@ -50,6 +61,11 @@ pub struct ServerOptions {
     /// How long the connection's thread asks for the next message again and again before it sleeps. Zero =
     /// never. Saves the wake-up, costs a processor while the client is quiet for less than this.
     pub busy_poll: Duration,
+    /// How long a client may take to answer a DMA_READ or DMA_WRITE. Then the device's access fails.
+    pub dma_timeout: Duration,
+    /// Error replies to region accesses, DMA_UNMAP and GET_IRQ_INFO are as long as good ones: for Cloud
+    /// Hypervisor.
+    pub padded_errors: bool,
 }
 
 impl Default for ServerOptions {
@@ -58,6 +74,8 @@ impl Default for ServerOptions {
             max_data_xfer_size: 1 << 20,
             client_timeout: Duration::from_secs(5),
             busy_poll: Duration::ZERO,
+            dma_timeout: Duration::from_secs(5),
+            padded_errors: false,
         }
     }
 }

@@ -255,6 +255,7 @@ fn negotiate(transport: &mut Transport, path: &Path) -> Result<Capabilities, Con
         pgsizes: Some(rustix::param::page_size() as u64),
         max_dma_maps: Some(u32::from(u16::MAX)),
         write_multiple: Some(false),
+        twin_socket: None,
     };
     let mut request = Vec::new();
     let version = VersionHeader {

@@ -39,5 +39,7 @@ pub const COMMAND_PARITY: u16 = 1 << 6;
 pub const COMMAND_SERR: u16 = 1 << 8;
 /// Command: INTx is off.
 pub const COMMAND_INTX_DISABLE: u16 = 1 << 10;
+/// Status: INTx is pending.
+pub const STATUS_INTERRUPT: u16 = 1 << 3;
 /// Status: there is a capability list.
 pub const STATUS_CAP_LIST: u16 = 1 << 4;

@@ -208,6 +208,19 @@ impl Header {
         }
     }
 
+    /// As [`Self::error_reply`], but `payload` bytes (of zeros) follow: for clients that read the reply to
+    /// some commands at full size without looking at the flag.
+    ///
+    /// # Panics
+    /// When `errno` is 0.
+    #[must_use]
+    pub fn padded_error_reply(&self, errno: u32, payload: usize) -> Self {
+        Self {
+            message_size: self.reply(payload).message_size,
+            ..self.error_reply(errno)
+        }
+    }
+
     /// Bytes that follow the header.
     ///
     /// # Errors
@@ -322,6 +335,49 @@ pub struct RegionAccess {
     pub count: u32,
 }
 
+/// One write of REGION_WRITE_MULTI, 24 bytes (spec, "Single Device Write Format"). The payload is their
+/// number as a u64, then this for each; the reply's payload is the number of writes done, a u64.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub struct RegionWriteOne {
+    /// Offset in the region.
+    pub offset: u64,
+    /// Region number.
+    pub region: u32,
+    /// Bytes of data, at most 8.
+    pub count: u32,
+    /// The data; bytes from `count` on mean nothing.
+    pub data: [u8; 8],
+}
+
+impl RegionWriteOne {
+    /// Bytes.
+    pub const SIZE: usize = size_of::<Self>();
+}
+
+/// Head of the payload of DMA_READ, DMA_WRITE and their replies, 16 bytes; data follows in the write
+/// request and in the read reply.
+///
+/// QEMU (`hw/vfio-user/protocol.h`, 10.1) has a 32-bit count and its data directly after it, at
+/// [`DmaAccess::SHORT_SIZE`]; its messages are nevertheless as long as if the head had 16 bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub struct DmaAccess {
+    /// IOVA.
+    pub address: u64,
+    /// Bytes of data.
+    pub count: u64,
+}
+
+impl DmaAccess {
+    /// Bytes.
+    pub const SIZE: usize = size_of::<Self>();
+    /// Where the data begins in QEMU's layout.
+    pub const SHORT_SIZE: usize = 12;
+}
+
+const _: () = assert!(size_of::<RegionWriteOne>() == 24);
+const _: () = assert!(size_of::<DmaAccess>() == 16);
 const _: () = assert!(size_of::<Header>() == Header::SIZE);
 const _: () = assert!(size_of::<DmaMap>() == 32);
 const _: () = assert!(size_of::<DmaUnmap>() == 24);
@@ -352,6 +408,36 @@ mod tests {
         assert_eq!(
             header.reply(16).as_bytes(),
             [0x34, 0x12, 10, 0, 32, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+        );
+    }
+
+    #[test]
+    fn test_multi_write_and_dma_access_when_encoded_have_the_specified_bytes() {
+        let one = RegionWriteOne {
+            offset: 0x108,
+            region: 2,
+            count: 4,
+            data: [1, 2, 3, 4, 0, 0, 0, 0],
+        };
+        assert_eq!(
+            one.as_bytes(),
+            [
+                8, 1, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 4, 0, 0, 0, 1, 2, 3, 4, 0, 0, 0, 0
+            ]
+        );
+        let access = DmaAccess {
+            address: 0x1000,
+            count: 8,
+        };
+        assert_eq!(
+            access.as_bytes(),
+            [0, 0x10, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0]
+        );
+        let request = Header::command(7, Command::REGION_READ, 16, MessageFlags::COMMAND);
+        let padded = request.padded_error_reply(22, 24);
+        assert_eq!(
+            (padded.message_size, padded.error, padded.flags.0),
+            (40, 22, 0x21)
         );
     }
 

@@ -7,7 +7,7 @@
 //! A message is a [`Header`], then a payload of `message_size - 16` bytes. Reading and writing them is the
 //! business of the server and of the client; nothing here does I/O.
 //!
-//! Not implemented: WRITE_MULTI, DEVICE_FEATURE and MIG_DATA layouts, ioregionfd sub-regions.
+//! Not implemented: DEVICE_FEATURE and MIG_DATA layouts, ioregionfd sub-regions.
 
 mod irq;
 mod message;
@@ -16,14 +16,14 @@ mod version;
 
 pub use irq::{IrqAction, IrqData, IrqIndex, IrqInfo, IrqInfoFlags, IrqSet, IrqSetError, IrqSetFlags};
 pub use message::{
-    Command, DeviceFlags, DeviceInfo, DmaFlags, DmaMap, DmaUnmap, DmaUnmapFlags, Header, HeaderError,
-    MessageFlags, MessageType, RegionAccess,
+    Command, DeviceFlags, DeviceInfo, DmaAccess, DmaFlags, DmaMap, DmaUnmap, DmaUnmapFlags, Header,
+    HeaderError, MessageFlags, MessageType, RegionAccess, RegionWriteOne,
 };
 pub use region::{
     CapabilityHeader, IoFd, IoFdType, IoFdsInfo, RegionFlags, RegionIndex, RegionInfo, SparseArea,
     SparseMmapHeader, SparseReply, SparseReplyError, encode_sparse_mmap, parse_sparse_mmap,
 };
-pub use version::{Capabilities, VersionData, VersionError, VersionHeader};
+pub use version::{Capabilities, TwinSocket, VersionData, VersionError, VersionHeader};
 
 /// Protocol version spoken here (spec, "Version"): 0.1, as QEMU and libvfio-user.
 pub const VERSION_MAJOR: u16 = 0;

@@ -35,6 +35,21 @@ pub struct Capabilities {
     /// REGION_WRITE_MULTI is supported.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub write_multiple: Option<bool>,
+    /// Commands of the server on a socket of their own (libvfio-user `docs/vfio-user.rst`; not in QEMU's
+    /// specification).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub twin_socket: Option<TwinSocket>,
+}
+
+/// Parameters of the twin socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct TwinSocket {
+    /// The sender can do it.
+    #[serde(default)]
+    pub supported: bool,
+    /// Which of the file descriptors that come with the reply is the client's end. Only in a reply.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fd_index: Option<u32>,
 }
 
 impl Capabilities {
@@ -73,7 +88,13 @@ impl Capabilities {
                 .filter(|_| proposed.max_data_xfer_size.is_some()),
             pgsizes: self.pgsizes.filter(|_| proposed.pgsizes.is_some()),
             max_dma_maps: self.max_dma_maps.filter(|_| proposed.max_dma_maps.is_some()),
-            write_multiple: self.write_multiple.filter(|_| proposed.write_multiple.is_some()),
+            write_multiple: self
+                .write_multiple
+                .zip(proposed.write_multiple)
+                .map(|(ours, theirs)| ours && theirs),
+            twin_socket: self
+                .twin_socket
+                .filter(|_| proposed.twin_socket.is_some_and(|twin| twin.supported)),
         }
     }
 }
@@ -132,15 +153,15 @@ impl VersionData {
 
     /// As [`Self::encode`], but no longer than `limit` bytes: QEMU reads the reply into the buffer of its
     /// request and exits when it does not fit. Capabilities whose absence changes least go first; at the
-    /// end nothing but the two numbers is left (which peers read as the defaults).
-    pub fn encode_within(&self, header: VersionHeader, limit: usize, out: &mut Vec<u8>) {
+    /// end nothing but the two numbers is left (which peers read as the defaults). Returns what was sent.
+    pub fn encode_within(&self, header: VersionHeader, limit: usize, out: &mut Vec<u8>) -> Self {
         let start = out.len();
         let mut data = self.clone();
         for dropped in 0..=5 {
             out.truncate(start);
             data.encode(header, out);
             if out.len() - start <= limit {
-                return;
+                return data;
             }
             let Some(capabilities) = &mut data.capabilities else {
                 break;
@@ -153,10 +174,9 @@ impl VersionData {
                 _ => data.capabilities = None,
             }
         }
-        if out.len() - start > limit {
-            out.truncate(start);
-            out.extend_from_slice(header.as_bytes());
-        }
+        out.truncate(start);
+        out.extend_from_slice(header.as_bytes());
+        Self::default()
     }
 }
 
@@ -171,7 +191,8 @@ mod tests {
         max_data_xfer_size: Some(1 << 20),
         pgsizes: Some(4096),
         max_dma_maps: Some(65535),
-        write_multiple: Some(false),
+        write_multiple: Some(true),
+        twin_socket: None,
     };
     const V: VersionHeader = VersionHeader { major: 0, minor: 1 };
 
@@ -246,6 +267,25 @@ mod tests {
         );
     }
 
+    #[test]
+    fn test_twin_socket_when_proposed_is_answered_only_to_those_who_can() {
+        let ours = Capabilities {
+            twin_socket: Some(TwinSocket {
+                supported: true,
+                fd_index: Some(0),
+            }),
+            ..OURS
+        };
+        let ask = |json: &[u8]| {
+            let (_, data) = VersionData::parse(&[b"\0\0\x01\0", json, b"\0"].concat()).unwrap();
+            ours.answer_to(&data.capabilities.unwrap()).twin_socket
+        };
+        assert_eq!(ask(b"{\"capabilities\":{\"max_msg_fds\":8}}"), None);
+        assert_eq!(ask(b"{\"capabilities\":{\"twin_socket\":{}}}"), None);
+        let twin = ask(b"{\"capabilities\":{\"twin_socket\":{\"supported\":true}}}");
+        assert_eq!(twin.unwrap().fd_index, Some(0));
+    }
+
     proptest! {
         #[test]
         fn test_version_reply_when_limited_never_exceeds_the_limit(limit in 4usize..300) {
@@ -264,10 +304,11 @@ mod tests {
         #[test]
         fn test_version_when_round_tripped_is_the_same(
             fds in any::<Option<u32>>(), xfer in any::<Option<u32>>(), pgsizes in any::<Option<u64>>(),
-            maps in any::<Option<u32>>(), multi in any::<Option<bool>>(), major: u16, minor: u16,
+            maps in any::<Option<u32>>(), multi in any::<Option<bool>>(), twin in any::<Option<(bool, Option<u32>)>>(), major: u16, minor: u16,
         ) {
             let capabilities = Capabilities {
                 max_msg_fds: fds, max_data_xfer_size: xfer, pgsizes, max_dma_maps: maps, write_multiple: multi,
+                twin_socket: twin.map(|(supported, fd_index)| TwinSocket { supported, fd_index }),
             };
             let data = VersionData { capabilities: Some(capabilities) };
             let mut out = Vec::new();

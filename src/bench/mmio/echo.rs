@@ -44,7 +44,7 @@ pub const MAX: usize = 4096;
 pub fn run(args: &EchoArgs) -> Result<()> {
     let stop = Stop::new()?;
     stop.on_signals()?;
-    let _leftovers = Leftovers(vec![args.socket.clone()]);
+    let _leftovers = Leftovers::new(&args.supervised, &stop);
     let listener = listen_at(&args.socket)?;
     stop::obey(&stop, |_| json!({}))?;
     stop::say(&json!({ "ready": { "pid": std::process::id() } }));

@@ -9,7 +9,6 @@ pub mod echo;
 mod report;
 mod wire;
 
-use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
@@ -124,7 +123,7 @@ fn measure(
             reason: "no server of it on this machine (--libvfio-user PATH names one)".into(),
         }),
         Some(program) => {
-            let socket = dir.join("libvfio-user");
+            let socket = dir.join("libvfio-user.sock");
             let _server = Foreign::start(&program, &socket)?;
             let wire = connect_soon(&socket)?;
             wire.negotiate().context("libvfio-user's server")?;
@@ -159,7 +158,7 @@ fn measure(
 }
 
 fn gru(dir: &Path, name: &str, busy_poll: Duration, stop: &Stop) -> Result<(Service, PathBuf)> {
-    let socket = dir.join(name);
+    let socket = dir.join(format!("{name}.sock"));
     let mut device = Service::start(
         "device",
         args![
@@ -168,6 +167,8 @@ fn gru(dir: &Path, name: &str, busy_poll: Duration, stop: &Stop) -> Result<(Serv
             "gru",
             "--socket",
             &socket,
+            "--private-dir",
+            dir,
             "--busy-poll",
             busy_poll.as_micros().to_string(),
         ],
@@ -187,8 +188,11 @@ struct Bench<'a> {
 
 impl<'a> Bench<'a> {
     fn new(dir: &Path, name: &str, amount: Amount, seed: u64, stop: &'a Stop) -> Result<Self> {
-        let socket = dir.join(name);
-        let mut floor = Service::start("echo", args!["bench-echo", "--socket", &socket])?;
+        let socket = dir.join(format!("{name}.sock"));
+        let mut floor = Service::start(
+            "echo",
+            args!["bench-echo", "--socket", &socket, "--private-dir", dir],
+        )?;
         floor.expect("ready", START_LIMIT, stop)?;
         Ok(Self {
             floor,

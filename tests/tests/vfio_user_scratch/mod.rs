@@ -14,7 +14,9 @@ use std::time::Duration;
 use device::model::{AccessError, BarMmap, BarSpec, Identity, IoEventFd, Model, ModelContext, MsixSpec};
 use device::pci::Function;
 use device::server::{Server, ServerOptions, StopFd};
-use protos::vfio_user::{Command, Header, MessageFlags};
+use protos::vfio_user::{
+    Command, DmaAccess, DmaFlags, DmaMap, DmaUnmap, DmaUnmapFlags, Header, MessageFlags,
+};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -33,6 +35,8 @@ pub const STORE: u64 = 0x118;
 pub const WAIT: u64 = 0x120;
 /// Stands for an eventfd.
 pub const BELL: u64 = 0x200;
+/// As [`FETCH`] into register 3, by a thread of the device; vector 1 is raised when it is done.
+pub const ASK: u64 = 0x128;
 pub const PAGE: u64 = 0x1000;
 pub const BAR0_SIZE: u64 = 0x10000;
 pub const BAR2_SIZE: u64 = 0x10_0000;
@@ -52,7 +56,7 @@ pub struct Scratch {
     memory: OwnedFd,
     pub bell: OwnedFd,
     pub barrier: Arc<Barrier>,
-    state: Mutex<State>,
+    state: Arc<Mutex<State>>,
     with_msix: bool,
 }
 
@@ -81,7 +85,7 @@ impl Scratch {
             memory: memfd(BAR2_SIZE),
             bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap(),
             barrier: Arc::new(Barrier::new(2)),
-            state: Mutex::default(),
+            state: Arc::default(),
             with_msix,
         })
     }
@@ -188,19 +192,23 @@ impl Model for Scratch {
                 self.context.interrupts.trigger(value as u32);
             }
             FETCH => {
-                let mut bytes = [0xff; 8];
-                if let Ok(memory) = self.context.dma.resolve(value, 8, false) {
-                    memory.read_into(&mut bytes);
-                }
-                state.registers[0] = u64::from_le_bytes(bytes);
+                let mut bytes = [0; 8];
+                let read = self.context.dma.fetch(value, &mut bytes);
+                state.registers[0] = read.map_or(u64::MAX, |()| u64::from_le_bytes(bytes));
             }
             STORE => {
                 let bytes = state.registers[1].to_le_bytes();
-                let memory = self.context.dma.resolve(value, 8, true);
-                state.registers[2] = u64::from(memory.is_ok());
-                if let Ok(memory) = memory {
-                    memory.write_from(&bytes);
-                }
+                state.registers[2] = u64::from(self.context.dma.store(value, &bytes).is_ok());
+            }
+            ASK => {
+                let (context, state) = (self.context.clone(), Arc::clone(&self.state));
+                std::thread::spawn(move || {
+                    let mut bytes = [0; 8];
+                    let read = context.dma.fetch(value, &mut bytes);
+                    state.lock().unwrap().registers[3] =
+                        read.map_or(u64::MAX, |()| u64::from_le_bytes(bytes));
+                    context.interrupts.trigger(1);
+                });
             }
             _ if offset.is_multiple_of(8) && offset / 8 < REGISTERS => {
                 state.registers[(offset / 8) as usize] = value
@@ -321,12 +329,14 @@ impl Raw {
 
     /// Connected and past VERSION.
     pub fn negotiated(path: &Path) -> Self {
+        Self::with_capabilities(path, "\"max_msg_fds\":16")
+    }
+
+    /// As [`Self::negotiated`], proposing these capabilities.
+    pub fn with_capabilities(path: &Path, capabilities: &str) -> Self {
         let mut raw = Self::connect(path);
-        raw.send(
-            1000,
-            Command::VERSION,
-            b"\0\0\x01\0{\"capabilities\":{\"max_msg_fds\":16}}\0",
-        );
+        let json = format!("{{\"capabilities\":{{{capabilities}}}}}\0");
+        raw.send(1000, Command::VERSION, &[b"\0\0\x01\0", json.as_bytes()].concat());
         let (header, payload) = raw.reply();
         assert_eq!((header.message_id, header.flags), (1000, MessageFlags::REPLY));
         assert!(payload.starts_with(b"\0\0\x01\0{"));
@@ -397,6 +407,30 @@ impl Raw {
         assert!(matches!(&end, Ok(0)) || end.as_ref().is_err_and(reset), "{end:?}");
     }
 
+    /// Map `len` bytes at `iova` without a file, for reading and writing.
+    pub fn map_without_file(&mut self, id: u16, iova: u64, len: u64) {
+        self.send(id, Command::DMA_MAP, dma_map(iova, len).as_bytes());
+        self.expect_ok(id);
+    }
+
+    /// The next message is this command of the server's; its header and the access.
+    #[track_caller]
+    pub fn expect_asked(&mut self, command: Command) -> (Header, DmaAccess, Vec<u8>) {
+        let (header, body) = self.reply();
+        assert_eq!((header.command, header.flags), (command, MessageFlags::COMMAND));
+        let (access, data) = DmaAccess::read_from_prefix(&body).unwrap();
+        (header, access, data.to_vec())
+    }
+
+    /// Answer a command of the server's.
+    pub fn answer(&mut self, request: &Header, body: &[&[u8]]) {
+        let body = body.concat();
+        let reply = request.reply(body.len());
+        self.stream
+            .write_all(&[reply.as_bytes(), &body].concat())
+            .unwrap();
+    }
+
     pub fn read_register(&mut self, id: u16, offset: u64) -> u64 {
         self.send(id, Command::REGION_READ, &access(offset, 0, 8, &[]));
         number(&self.expect_ok(id)[16..])
@@ -414,6 +448,40 @@ pub fn access(offset: u64, region: u32, count: u32, data: &[u8]) -> Vec<u8> {
     .to_vec();
     body.extend_from_slice(data);
     body
+}
+
+/// Body of DMA_MAP, offset 0.
+pub fn dma_map(iova: u64, len: u64) -> DmaMap {
+    DmaMap {
+        argsz: 32,
+        flags: DmaFlags::READ | DmaFlags::WRITE,
+        offset: 0,
+        address: iova,
+        size: len,
+    }
+}
+
+/// Body of DMA_UNMAP.
+pub fn dma_unmap(iova: u64, len: u64) -> DmaUnmap {
+    DmaUnmap {
+        argsz: 24,
+        flags: DmaUnmapFlags(0),
+        address: iova,
+        size: len,
+    }
+}
+
+/// Negotiated, memory decoding and bus mastering on.
+pub fn ready(path: &Path) -> Raw {
+    let mut raw = Raw::negotiated(path);
+    switch_on(&mut raw);
+    raw
+}
+
+/// Turn memory decoding and bus mastering on.
+pub fn switch_on(raw: &mut Raw) {
+    raw.send(1, Command::REGION_WRITE, &access(4, 7, 2, &[6, 0]));
+    raw.expect_ok(1);
 }
 
 /// Turn memory decoding and bus mastering on.

@@ -64,6 +64,7 @@ impl Operation {
         let mut word = [0; 8];
         // Naturally aligned: one access.
         guard.read_into(&mut word[..bytes as usize]);
+        guard.check().map_err(|_| Stop::LOST)?;
         self.left = 0;
         Ok(Step::Done(Some(u64::from_le_bytes(word))))
     }
@@ -76,6 +77,7 @@ impl Operation {
         } else {
             change32(&guard, change)
         };
+        guard.check().map_err(|_| Stop::LOST)?;
         self.left = 0;
         Ok(Step::Done(Some(old)))
     }

@@ -48,6 +48,8 @@ pub(super) enum Stop {
 
 impl Stop {
     const INVALID: Self = Self::Exception(ecause::INVALID_INSTRUCTION);
+    /// The client truncated the file of the memory that was accessed: what a machine check is to hardware.
+    const LOST: Self = Self::Exception(ecause::PE_CHECK_DATA_ERROR);
     const SEGMENT: Self = Self::Exception(ecause::DATA_SEGMENT_LIMIT_EXCEEDED);
 }
 
@@ -239,6 +241,9 @@ impl Env<'_> {
                     let take = if done == 0 && whole > 0 { whole } else { covered };
                     let piece = at + done..at + done + take;
                     copy(&guard, &mut bounce[piece], done as u64);
+                    if guard.check().is_err() {
+                        break Err(Stop::LOST);
+                    }
                     done += take;
                 }
                 Err(stop) => break Err(stop),
