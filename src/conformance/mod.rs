@@ -214,7 +214,7 @@ fn line(finding: &Finding) -> String {
         Verdict::Fail => "FAIL",
         Verdict::NotApplicable => "n/a",
     };
-    let mut line = format!("{verdict:<6}{:<44}{}", finding.name, finding.section);
+    let mut line = format!("{verdict:<6}{:<56}{}", finding.name, finding.section);
     if !finding.reason.is_empty() {
         line.push_str(": ");
         line.push_str(&finding.reason);
