@@ -22,6 +22,7 @@ const RECLAIM_PERIOD: Duration = Duration::from_millis(20);
 /// No device, no socket, or the device has gone away.
 pub fn run(args: &HostArgs) -> Result<()> {
     let stop = Stop::new()?;
+    ::host::notifier::count_allocations_by(crate::allocations::of_this_thread);
     stop.on_signals()?;
     let _leftovers = Leftovers::new(&args.supervised, &stop);
     let mut config = HostConfig::new(&args.socket, &args.device);

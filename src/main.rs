@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 fine, 1 error, 2 wrong usage, 3 a stale access was found.
 
+mod allocations;
 mod bench;
 mod cli;
 mod conformance;
