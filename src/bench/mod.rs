@@ -1,6 +1,7 @@
 //! `tlbridge bench`.
 
 mod cases;
+pub mod mmio;
 mod monitor;
 mod report;
 mod statistics;
@@ -47,15 +48,24 @@ pub fn invalidate(args: &BenchArgs, out: &mut impl Write) -> Result<()> {
         measure(args, mode, dir.path(), &stop, &mut result)?;
     }
     result.elapsed_ms = start.elapsed().as_millis() as u64;
-    let json = result.json();
-    match args.json.as_deref() {
+    print(args.json.as_deref(), &result.json(), || result.table(), out)
+}
+
+/// The table to `out`, or the JSON to a file (`-` = to `out` instead of the table).
+fn print(
+    file: Option<&Path>,
+    json: &serde_json::Value,
+    table: impl FnOnce() -> String,
+    out: &mut impl Write,
+) -> Result<()> {
+    match file {
         Some(path) if path == Path::new("-") => writeln!(out, "{json}")?,
         Some(path) => {
             std::fs::write(path, format!("{json:#}\n"))
                 .with_context(|| format!("cannot write {}", path.display()))?;
-            write!(out, "{}", result.table())?;
+            write!(out, "{}", table())?;
         }
-        None => write!(out, "{}", result.table())?,
+        None => write!(out, "{}", table())?,
     }
     Ok(())
 }
