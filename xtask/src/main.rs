@@ -1,5 +1,6 @@
 //! Tasks of the project. `cargo xtask --help` lists them.
 
+mod lab;
 mod layering;
 mod provision;
 mod run;
@@ -27,12 +28,17 @@ enum Task {
         #[arg(long)]
         keep_going: bool,
     },
-    /// The long forms of the tests: hammer, fault injection and kill rounds.
+    /// The long forms of the tests: hammer, fault injection, kill rounds and fuzzing.
     Soak {
         /// Minutes for the hammer test.
         #[arg(long, default_value_t = 30)]
         minutes: u64,
+        /// Minutes for the fuzz targets together; 0 leaves them out.
+        #[arg(long, default_value_t = 30)]
+        fuzz_minutes: u64,
     },
+    /// Find a QEMU with vfio-user-pci, or build one from Debian's packages below target/lab.
+    Lab,
     /// Check the direction of the dependencies between the crates.
     Layering,
 }
@@ -40,7 +46,11 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Test { only, keep_going } => tiers::test(&only, keep_going),
-        Task::Soak { minutes } => tiers::soak(minutes),
+        Task::Soak {
+            minutes,
+            fuzz_minutes,
+        } => tiers::soak(minutes, fuzz_minutes),
+        Task::Lab => tiers::root().and_then(|root| lab::run(&root)),
         Task::Layering => layering::check().map(|()| true),
     };
     match result {

@@ -175,5 +175,7 @@ fn worth_showing(line: &str) -> bool {
             || line.contains("warning")
             || line.contains("panicked")
             || skip_reason(line).is_some()
+            || line.starts_with("fuzz ")
+            || line.starts_with("stat::")
             || line.starts_with("     Running"))
 }

@@ -1,7 +1,7 @@
 //! The steps of `cargo xtask test` and `cargo xtask soak`.
 
 use crate::run::{Outcome, Totals, step};
-use crate::{layering, provision};
+use crate::{lab, layering, provision};
 use anyhow::{Context, bail};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -122,7 +122,7 @@ fn test_targets(root: &Path) -> Vec<String> {
     names
 }
 
-fn root() -> anyhow::Result<PathBuf> {
+pub fn root() -> anyhow::Result<PathBuf> {
     let manifest = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     Ok(manifest
         .parent()
@@ -133,10 +133,10 @@ fn root() -> anyhow::Result<PathBuf> {
 /// Runs the steps; true if all passed. The last line is the totals.
 pub fn test(only: &[String], keep_going: bool) -> anyhow::Result<bool> {
     for name in only {
-        if name != "layering" && !STEPS.iter().any(|s| s.name == name) {
+        if !["layering", "lab"].contains(&name.as_str()) && !STEPS.iter().any(|s| s.name == name) {
             let names: Vec<_> = STEPS.iter().map(|s| s.name).collect();
             bail!(
-                "no step is called {name}; there are: layering, {}",
+                "no step is called {name}; there are: layering, lab, {}",
                 names.join(", ")
             );
         }
@@ -153,6 +153,16 @@ pub fn test(only: &[String], keep_going: bool) -> anyhow::Result<bool> {
     let mut failed_steps = Vec::new();
     if only.is_empty() || only.iter().any(|o| o == "layering") {
         layering::check()?;
+    }
+    if only.is_empty() || only.iter().any(|o| ["lab", "sandbox"].contains(&o.as_str())) {
+        println!("== lab: a QEMU with vfio-user-pci");
+        match lab::provide(&root)? {
+            lab::Lab::Qemu(path) => println!("-- lab: ok, {}", path.display()),
+            lab::Lab::Unavailable(why) => {
+                println!("-- lab: unavailable: {why}");
+                totals.skips.push(format!("tests with QEMU: {why}"));
+            }
+        }
     }
     for s in STEPS
         .iter()
@@ -248,7 +258,7 @@ fn describe_machine() {
 }
 
 /// Long forms of the tests.
-pub fn soak(minutes: u64) -> anyhow::Result<bool> {
+pub fn soak(minutes: u64, fuzz_minutes: u64) -> anyhow::Result<bool> {
     let root = root()?;
     std::env::set_current_dir(&root).with_context(|| format!("entering {}", root.display()))?;
     let logs = root.join("target/xtask");
@@ -263,19 +273,84 @@ pub fn soak(minutes: u64) -> anyhow::Result<bool> {
     if !build.ok {
         return Ok(false);
     }
-    let mut command = integration(&root, false);
-    command
-        .env("TLBRIDGE_HAMMER_SECONDS", (minutes * 60).to_string())
-        .env("TLBRIDGE_ROUNDS", "200");
-    let log = logs.join("soak.log");
-    println!("== soak: hammer of {minutes} minutes, 200 rounds where rounds count");
-    let limit = Duration::from_secs(minutes * 60 * 3) + 120 * MINUTE;
-    let outcome = step("soak", &mut command, &log, limit)?;
-    report("soak", &outcome, &log);
-    summary(
-        &outcome.totals,
-        if outcome.ok { &[] } else { &["soak"] },
-        outcome.took,
-    );
-    Ok(outcome.ok)
+    let begin = Instant::now();
+    let mut totals = Totals::default();
+    let mut failed_steps = Vec::new();
+    if minutes > 0 {
+        let mut command = integration(&root, false);
+        command
+            .env("TLBRIDGE_HAMMER_SECONDS", (minutes * 60).to_string())
+            .env("TLBRIDGE_ROUNDS", "200");
+        let log = logs.join("soak.log");
+        println!("== soak: hammer of {minutes} minutes, 200 rounds where rounds count");
+        let limit = Duration::from_secs(minutes * 60 * 3) + 120 * MINUTE;
+        let outcome = step("soak", &mut command, &log, limit)?;
+        report("soak", &outcome, &log);
+        totals.add(&outcome.totals);
+        if !outcome.ok {
+            failed_steps.push("soak");
+        }
+    }
+    if fuzz_minutes > 0 {
+        for (mut command, what) in fuzz_commands(&root, fuzz_minutes) {
+            println!("== fuzz: {what}");
+            let log = logs.join(format!("fuzz-{}.log", what.split(' ').next().unwrap_or_default()));
+            // Building with instrumentation takes minutes.
+            let limit = Duration::from_secs(fuzz_minutes * 60) + 40 * MINUTE;
+            let outcome = step("fuzz", &mut command, &log, limit)?;
+            report("fuzz", &outcome, &log);
+            totals.add(&outcome.totals);
+            if !outcome.ok {
+                failed_steps.push("fuzz");
+            }
+        }
+    }
+    summary(&totals, &failed_steps, begin.elapsed());
+    Ok(failed_steps.is_empty() && totals.failed == 0)
+}
+
+/// cargo-fuzz with its coverage where it is installed (with a nightly toolchain), else the stable runner.
+/// A twentieth of the time is for the decoder, which is thousands of times faster.
+fn fuzz_commands(root: &Path, minutes: u64) -> Vec<(Command, String)> {
+    let nightly = Command::new("rustc")
+        .args(["+nightly", "--version"])
+        .output()
+        .is_ok_and(|o| o.status.success());
+    if !(provision::on_path("cargo-fuzz") && nightly) {
+        let mut command = cargo(&[
+            "test",
+            "--release",
+            "-p",
+            "tlbridge-tests",
+            "--test",
+            "fuzz_bounded",
+        ]);
+        command
+            .args(["--", "--nocapture", "--test-threads=1"])
+            .env("TLBRIDGE_FUZZ_MINUTES", minutes.to_string())
+            .env("RUST_LOG", "off");
+        let what = format!(
+            "stable runner without coverage, {minutes} minutes (cargo install cargo-fuzz and a nightly toolchain \
+             give coverage)"
+        );
+        return vec![(command, what)];
+    }
+    [("decoder", 5), ("actions", 95)]
+        .map(|(target, share)| {
+            let seconds = (minutes * 60 * share / 100).max(10);
+            // Not the cargo that runs this: rustup's, which knows +nightly.
+            let mut command = Command::new("cargo");
+            command
+                .current_dir(root.join("fuzz"))
+                .env_remove("RUSTUP_TOOLCHAIN")
+                .env_remove("CARGO")
+                .args(["+nightly", "fuzz", "run", target, "--"])
+                .args([
+                    &format!("-max_total_time={seconds}"),
+                    "-print_final_stats=1",
+                    "-rss_limit_mb=4096",
+                ]);
+            (command, format!("{target} with cargo-fuzz, {seconds} s"))
+        })
+        .into()
 }
