@@ -40,6 +40,8 @@ pub enum Command {
     /// Measure.
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Check any vfio-user server against the specification.
+    Conformance(ConformanceArgs),
     /// Print the statistics of a running host daemon.
     Inspect(InspectArgs),
     /// The demo's application (started by the demo).
@@ -51,6 +53,9 @@ pub enum Command {
     /// The benchmark's measured process (started by the benchmark).
     #[command(hide = true)]
     BenchSubject(SubjectArgs),
+    /// The benchmark's floor: echoes messages (started by the benchmark).
+    #[command(hide = true)]
+    BenchEcho(EchoArgs),
 }
 
 /// Device models.
@@ -204,6 +209,10 @@ pub struct DeviceArgs {
     /// Engine threads.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub engines: u32,
+    /// How long to ask for the client's next message again and again before sleeping: saves the wake-up, costs
+    /// a CPU meanwhile; 0 = sleep at once.
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=10_000_000))]
+    pub busy_poll: u64,
     /// For experiments: leave a check out, and open the window in which that shows.
     #[arg(long = "break", value_enum, value_name = "CHECK", conflicts_with = "delay")]
     pub break_check: Option<DeviceFault>,
@@ -260,6 +269,44 @@ pub enum HostFault {
 pub enum BenchCommand {
     /// What an invalidation costs: munmap of 4 KiB to 1 GiB, plain and through the bridge.
     Invalidate(BenchArgs),
+    /// What a register access over vfio-user costs, against a raw socket.
+    Mmio(MmioArgs),
+}
+
+/// Options of `bench mmio`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Both ends run on one CPU, the floor (a process that echoes messages of the same sizes) in turn with the server
+in ABBA blocks; a row shows the median of the paired ratios with its 95% bootstrap interval. Targets are met or
+not met by the ratio; the exit code does not depend on them.
+
+Example:
+  tlbridge bench mmio --json mmio.json")]
+pub struct MmioArgs {
+    /// Write the result as one JSON object to a file (`-` = stdout instead of the table).
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Few blocks: to see that it works, not to publish.
+    #[arg(long)]
+    pub quick: bool,
+    /// Seed of the bootstrap.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// libvfio-user's sample server (started with a socket path as its argument), to be measured too; else
+    /// `libvfio-user-server` is looked for in $PATH.
+    #[arg(long, value_name = "PROGRAM")]
+    pub libvfio_user: Option<PathBuf>,
+}
+
+/// The floor of `bench mmio`.
+#[derive(Debug, Clone, Args)]
+pub struct EchoArgs {
+    /// Where to listen.
+    #[arg(long)]
+    pub socket: PathBuf,
+    /// Supervision.
+    #[command(flatten)]
+    pub supervised: Supervised,
 }
 
 /// Options of `bench invalidate`.
@@ -284,6 +331,30 @@ pub struct BenchArgs {
     /// Seed of the bootstrap.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
+}
+
+/// Options of `conformance`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Each case is one rule of QEMU's docs/interop/vfio-user.rst, with its section. docs/conformance.md describes the
+facts. Exit codes: 0 no case failed, 1 a case failed or the server cannot be reached.
+
+Example:
+  tlbridge device --model gru --socket /tmp/d/gru.sock &
+  tlbridge conformance --socket /tmp/d/gru.sock --facts docs/conformance-gru.json")]
+pub struct ConformanceArgs {
+    /// The server's socket. Nobody else may be connected.
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// What the suite may do to the device and expect of it; without them fewer cases apply.
+    #[arg(long, value_name = "FILE.json")]
+    pub facts: Option<PathBuf>,
+    /// Only cases whose name contains this.
+    #[arg(long, value_name = "TEXT")]
+    pub only: Option<String>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Options of `inspect`.

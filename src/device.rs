@@ -20,7 +20,7 @@ use crate::supervise::Leftovers;
 /// The socket cannot be used, or the device cannot be built.
 pub fn run(args: &DeviceArgs) -> Result<()> {
     let stop = Stop::new()?;
-    stop.on_signals()?;
+    stop.on_signals(args.supervised.supervised)?;
     let _leftovers = Leftovers::new(&args.supervised, &stop);
     let config = config(args);
     let function = match args.model {
@@ -29,7 +29,11 @@ pub fn run(args: &DeviceArgs) -> Result<()> {
                 .context("cannot build the GRU")?
         }
     };
-    let server = Server::bind(&args.socket, Arc::clone(&function), ServerOptions::default())?;
+    let options = ServerOptions {
+        busy_poll: std::time::Duration::from_micros(args.busy_poll),
+        ..ServerOptions::default()
+    };
+    let server = Server::bind(&args.socket, Arc::clone(&function), options)?;
     let end = StopFd::new().context("no file descriptor is left (ulimit -n)")?;
     if args.supervised.supervised {
         let function = Arc::clone(&function);

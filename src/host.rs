@@ -22,7 +22,8 @@ const RECLAIM_PERIOD: Duration = Duration::from_millis(20);
 /// No device, no socket, or the device has gone away.
 pub fn run(args: &HostArgs) -> Result<()> {
     let stop = Stop::new()?;
-    stop.on_signals()?;
+    ::host::notifier::count_allocations_by(crate::allocations::of_this_thread);
+    stop.on_signals(args.supervised.supervised)?;
     let _leftovers = Leftovers::new(&args.supervised, &stop);
     let mut config = HostConfig::new(&args.socket, &args.device);
     config.uffd_mode = args.uffd_mode.into();

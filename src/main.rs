@@ -2,8 +2,10 @@
 //!
 //! Exit codes: 0 fine, 1 error, 2 wrong usage, 3 a stale access was found.
 
+mod allocations;
 mod bench;
 mod cli;
+mod conformance;
 mod demo;
 mod device;
 mod host;
@@ -45,6 +47,12 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Some(Command::Demo(args)) => demo::run(&args, &mut out).map(exit_code),
         Some(Command::Device(args)) => device::run(&args).map(done),
         Some(Command::Host(args)) => host::run(&args).map(done),
+        Some(Command::Bench(BenchCommand::Mmio(args))) => bench::mmio::run(&args, &mut out).map(done),
+        Some(Command::BenchEcho(args)) => bench::mmio::echo::run(&args).map(done),
+        Some(Command::Conformance(args)) => conformance::run(&args, &mut out).map(|good| match good {
+            true => ExitCode::SUCCESS,
+            false => ExitCode::from(1),
+        }),
         Some(Command::Bench(BenchCommand::Invalidate(args))) => bench::invalidate(&args, &mut out).map(done),
         Some(Command::Inspect(args)) => inspect::run(&args, &mut out).map(done),
         Some(Command::Application(args)) => demo::application::run(&args).map(done),

@@ -83,11 +83,13 @@ impl Stop {
         self.event.try_clone()
     }
 
-    /// Also ends on SIGINT and SIGTERM. A second one ends the process at once, with exit code 1.
+    /// Also ends on SIGINT and SIGTERM. A second one ends the process at once, with exit code 1, unless it is
+    /// supervised: a supervisor that dies sends one for each of its threads, and the clean-up that the first
+    /// has begun must not be cut short.
     ///
     /// # Errors
     /// The handlers cannot be installed.
-    pub fn on_signals(&self) -> Result<()> {
+    pub fn on_signals(&self, supervised: bool) -> Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -103,14 +105,12 @@ impl Stop {
         let stop = self.clone();
         let watch = move || {
             runtime.block_on(async {
-                // Counted here and not by `requested`: the supervisor's death is both the end of stdin and
-                // a signal, and must not cut the clean-up short.
-                for signals in 0.. {
+                loop {
                     tokio::select! {
                         _ = interrupt.recv() => {}
                         _ = terminate.recv() => {}
                     }
-                    if signals > 0 {
+                    if stop.requested() && !supervised {
                         std::process::exit(1);
                     }
                     stop.request();

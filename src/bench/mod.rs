@@ -1,6 +1,7 @@
 //! `tlbridge bench`.
 
 mod cases;
+pub mod mmio;
 mod monitor;
 mod report;
 mod statistics;
@@ -31,7 +32,7 @@ const CELL_LIMIT: Duration = Duration::from_secs(120);
 /// A process cannot be started, or ends early.
 pub fn invalidate(args: &BenchArgs, out: &mut impl Write) -> Result<()> {
     let stop = Stop::new()?;
-    stop.on_signals()?;
+    stop.on_signals(false)?;
     let modes = match args.uffd_mode {
         Some(mode) => vec![mode],
         None => vec![UffdModeName::Wp, UffdModeName::Missing],
@@ -47,15 +48,24 @@ pub fn invalidate(args: &BenchArgs, out: &mut impl Write) -> Result<()> {
         measure(args, mode, dir.path(), &stop, &mut result)?;
     }
     result.elapsed_ms = start.elapsed().as_millis() as u64;
-    let json = result.json();
-    match args.json.as_deref() {
+    print(args.json.as_deref(), &result.json(), || result.table(), out)
+}
+
+/// The table to `out`, or the JSON to a file (`-` = to `out` instead of the table).
+fn print(
+    file: Option<&Path>,
+    json: &serde_json::Value,
+    table: impl FnOnce() -> String,
+    out: &mut impl Write,
+) -> Result<()> {
+    match file {
         Some(path) if path == Path::new("-") => writeln!(out, "{json}")?,
         Some(path) => {
             std::fs::write(path, format!("{json:#}\n"))
                 .with_context(|| format!("cannot write {}", path.display()))?;
-            write!(out, "{}", result.table())?;
+            write!(out, "{}", table())?;
         }
-        None => write!(out, "{}", result.table())?,
+        None => write!(out, "{}", table())?,
     }
     Ok(())
 }

@@ -80,6 +80,24 @@ impl BenchResult {
             .collect()
     }
 
+    /// The daemons' own figures of the part that must not sleep, by mode and event.
+    fn nonsleeping(&self) -> Vec<Value> {
+        let mut parts = Vec::new();
+        for host in &self.host {
+            let mode = &host["daemon"]["uffd_mode"];
+            for session in host["sessions"].as_array().into_iter().flatten() {
+                let events = session["invalidations"]["nonsleeping"].as_object();
+                for (event, figures) in events.into_iter().flatten() {
+                    let mut part = figures.clone();
+                    part["uffd_mode"] = mode.clone();
+                    part["event"] = event.as_str().into();
+                    parts.push(part);
+                }
+            }
+        }
+        parts
+    }
+
     /// One object, keys in snake_case with units.
     pub fn json(&self) -> Value {
         let slopes: Vec<Value> = self
@@ -99,6 +117,8 @@ impl BenchResult {
             "slopes": slopes,
             "targets": judge(&self.rows, self.wake.as_ref(), self.cpus, self.quick),
             "nonsleeping_voluntary_context_switches": total(&hosts, "voluntary_context_switches"),
+            "nonsleeping_allocations": total(&hosts, "allocations"),
+            "nonsleeping": self.nonsleeping(),
             "yields": total(&hosts, "yields"),
         })
     }
@@ -139,6 +159,24 @@ impl BenchResult {
                 "floor of a device that is asleep: socket echo {}, one wake {}",
                 human(wake.socket_echo_p50_ns),
                 human(wake.wake_p50_ns)
+            ));
+        }
+        let hosts = Value::Array(self.host.clone());
+        line(format!(
+            "non-sleeping part, all calls that reached the daemon: {} voluntary context switches, {} allocations, {} yields",
+            total(&hosts, "voluntary_context_switches"),
+            total(&hosts, "allocations"),
+            total(&hosts, "yields")
+        ));
+        for part in self.nonsleeping() {
+            line(format!(
+                "  {}, {}: {} calls, p50 {}, p99 {}, max {}",
+                part["uffd_mode"].as_str().unwrap_or("?"),
+                part["event"].as_str().unwrap_or("?"),
+                part["count"],
+                human(part["p50_ns"].as_u64().unwrap_or(0)),
+                human(part["p99_ns"].as_u64().unwrap_or(0)),
+                human(part["max_ns"].as_u64().unwrap_or(0))
             ));
         }
         for (mode, slope) in self.slopes() {

@@ -65,7 +65,7 @@ pub struct WakeFloor {
 pub fn run(args: &SubjectArgs) -> Result<()> {
     let stop = Stop::new()?;
     let _leftovers = Leftovers::new(&args.supervised, &stop);
-    stop.on_signals()?;
+    stop.on_signals(true)?;
     stop::obey(&stop, |_| json!({}))?;
     let name = "bench".into();
     let agent = Agent::attach(&AttachOptions {

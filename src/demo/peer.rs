@@ -31,7 +31,7 @@ struct Counts {
 pub fn run(args: &PeerArgs) -> Result<()> {
     let stop = Stop::new()?;
     let _leftovers = Leftovers::new(&args.supervised, &stop);
-    stop.on_signals()?;
+    stop.on_signals(true)?;
     let peer = Arc::new(Peer::attach(&args.socket, args.pid, args.start, args.end)?);
     let counts = Arc::new(Counts::default());
     {

@@ -88,6 +88,7 @@ impl DemoResult {
             "nonsleeping_invalidations": starts,
             "voluntary_context_switches": switches,
             "voluntary_context_switches_per_invalidation": ratio(switches, starts),
+            "nonsleeping_allocations": total(&self.host, "allocations"),
             "yields": total(&self.host, "yields") + total(tlb, "drain_yields"),
             "xpmem_zaps": total(&self.host, "zaps"),
             "reclaimer_discarded_bytes": total(&self.host, "discarded_bytes"),
@@ -135,6 +136,10 @@ impl DemoResult {
         row(
             "voluntary context switches per invalidation",
             format!("{:.4} ({switches}/{starts})", ratio(switches, starts)),
+        );
+        row(
+            "allocator calls in non-sleeping invalidations",
+            grouped(figure("nonsleeping_allocations")),
         );
         row("yields while waiting for the device", grouped(figure("yields")));
         row("xpmem zaps (sleeping subscriber)", grouped(figure("xpmem_zaps")));

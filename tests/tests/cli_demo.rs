@@ -142,11 +142,13 @@ fn test_demo_when_killed_leaves_neither_processes_nor_sockets() {
     }
     for round in 0..4u64 {
         let dir = tempfile::tempdir().unwrap();
+        let log = tempfile::NamedTempFile::new().unwrap();
         let mut demo = std::process::Command::new(processes::binary())
             .args(["demo", "--seconds", "30"])
             .env("TMPDIR", dir.path())
             .stdout(std::process::Stdio::null())
-            .stderr(std::process::Stdio::null())
+            .env("RUST_LOG", "info")
+            .stderr(log.reopen().unwrap())
             .spawn()
             .unwrap();
         // Where in its life death strikes, not synchronisation.
@@ -172,8 +174,10 @@ fn test_demo_when_killed_leaves_neither_processes_nor_sockets() {
         while !left().is_empty() {
             assert!(
                 std::time::Instant::now() < deadline,
-                "round {round}: left behind: {:?}",
-                left()
+                "round {round}: left behind: {:?}
+{}",
+                left(),
+                std::fs::read_to_string(log.path()).unwrap()
             );
             std::thread::sleep(Duration::from_millis(10));
         }

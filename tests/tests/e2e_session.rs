@@ -432,13 +432,18 @@ fn app_purgeable(socket: &Path) {
     agent.detach().unwrap();
 }
 
-fn peer(socket: &Path) {
+fn peer_arguments() -> (u32, u64, u64) {
     let argument = |name| {
         let text = std::env::var(name).unwrap();
         u64::from_str_radix(text.trim_start_matches("0x"), 16).unwrap()
     };
-    let (pid, start, end) = (argument("E2E_PID"), argument("E2E_START"), argument("E2E_END"));
-    let peer = agent::peer::Peer::attach(socket, pid as u32, start, end).expect("attach as a peer");
+    let pid = u32::try_from(argument("E2E_PID")).unwrap();
+    (pid, argument("E2E_START"), argument("E2E_END"))
+}
+
+fn peer(socket: &Path) {
+    let (pid, start, end) = peer_arguments();
+    let peer = agent::peer::Peer::attach(socket, pid, start, end).expect("attach as a peer");
     for page in 0..8 {
         assert_eq!(peer.read(start + (page * PAGE) as u64), Some(number_of(page)));
     }
@@ -449,6 +454,84 @@ fn peer(socket: &Path) {
     }
     assert!(peer.stats().zaps >= 1, "{:?}", peer.stats());
     say(&format!("zapped {}", peer.stats().unmapped_bytes));
+}
+
+/// Pages come and go under peers that do too, until told to stop.
+fn app_churn(socket: &Path) {
+    let agent = attach(socket);
+    let area = Area::new(agent, 64);
+    say(&format!("{:#x} {:#x}", area.va(0), area.va(64)));
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            pause("ready");
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+            let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+            // SAFETY: replaces the area by itself.
+            unsafe { agent.mmap(area.va(0), 64 * PAGE, RW, flags, Some(area.memory.fd()), 0) }.unwrap();
+        }
+    });
+    agent.detach().unwrap();
+}
+
+fn peer_churn(socket: &Path) {
+    let (pid, start, end) = peer_arguments();
+    let mut zaps = 0;
+    // Nothing is read: a page that is changed without a pause can hardly be caught. Zaps come all the same.
+    for _ in 0..100 {
+        let peer = agent::peer::Peer::attach(socket, pid, start, end).expect("attach as a peer");
+        while peer.stats().zaps == 0 {
+            std::thread::yield_now();
+        }
+        zaps += peer.stats().zaps;
+    }
+    say(&format!("zapped {zaps}"));
+}
+
+/// The device works while threads send events without a pause.
+fn app_flood(socket: &Path) {
+    let agent = attach(socket);
+    let area = Area::new(agent, 64);
+    let gru = context(agent);
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|s| {
+        for thread in 0..4 {
+            let (area, stop) = (&area, &stop);
+            s.spawn(move || {
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    // Of shared memory: the content stays.
+                    // SAFETY: nothing refers to the page.
+                    unsafe { agent::raw::madvise(area.va(thread), PAGE, libc::MADV_DONTNEED) }.unwrap();
+                }
+            });
+        }
+        let deadline = Instant::now() + PATIENCE;
+        for page in (8..64).cycle().take(300) {
+            assert_eq!(loaded(&gru, area.va(page)), number_of(page));
+            assert!(Instant::now() < deadline, "the device hardly gets its turn");
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    drop(gru);
+    agent.detach().unwrap();
+}
+
+/// Reads until the application has ended.
+fn peer_outlives(socket: &Path) {
+    let (pid, start, end) = peer_arguments();
+    let peer = agent::peer::Peer::attach(socket, pid, start, end).expect("attach as a peer");
+    assert_eq!(peer.read(start), Some(number_of(0)));
+    say("attached");
+    let deadline = Instant::now() + PATIENCE;
+    while peer.read(start).is_some() {
+        assert!(
+            Instant::now() < deadline,
+            "the peer still sees the memory of a dead process"
+        );
+    }
+    say("over");
 }
 
 /// Not a test by itself: what a child process of this binary does.
@@ -465,6 +548,10 @@ fn role_entry() {
         "polling" => app_polling(&socket),
         "purgeable" => app_purgeable(&socket),
         "peer" => peer(&socket),
+        "churn" => app_churn(&socket),
+        "flood" => app_flood(&socket),
+        "peer_churn" => peer_churn(&socket),
+        "peer_outlives" => peer_outlives(&socket),
         "device" => e2e::be_device(&socket),
         other => panic!("no role {other}"),
     }
@@ -670,8 +757,12 @@ fn test_device_when_stopped_in_a_flush_is_fenced() {
 }
 
 fn start_peer(daemon: &Daemon, pid: u32, range: &str) -> Role {
+    start_peer_as("peer", daemon, pid, range)
+}
+
+fn start_peer_as(role: &str, daemon: &Daemon, pid: u32, range: &str) -> Role {
     let (start, end) = range.split_once(' ').unwrap();
-    Role::start_with("role_entry", "peer", &daemon.socket, |command| {
+    Role::start_with("role_entry", role, &daemon.socket, |command| {
         command
             .env("E2E_PID", format!("{pid:x}"))
             .env("E2E_START", start)
@@ -722,4 +813,49 @@ fn test_peer_when_stopped_is_fenced_and_the_call_returns() {
     let stats = daemon.stats();
     assert_eq!(stats["fence"]["kills"], 1, "{stats:#}");
     daemon.wait_clean();
+}
+
+#[test]
+fn test_device_when_events_never_cease_gets_its_turn() {
+    if e2e::skipped() {
+        return;
+    }
+    let daemon = Daemon::start(in_process_device().0, |_| {});
+    app(&daemon, "flood").wait_ok();
+    daemon.wait_clean();
+}
+
+#[test]
+fn test_peers_when_they_come_and_go_during_invalidations_are_not_fenced() {
+    if e2e::skipped() {
+        return;
+    }
+    let daemon = Daemon::start(in_process_device().0, |_| {});
+    let mut app = app(&daemon, "churn");
+    let range = app.next();
+    app.expect("ready");
+    let mut peer = start_peer_as("peer_churn", &daemon, app.pid(), &range);
+    let said = peer.next();
+    assert!(said.starts_with("zapped"), "{said}");
+    peer.wait_ok();
+    app.go_on();
+    app.wait_ok();
+    assert_eq!(daemon.wait_clean()["fence"]["kills"], 0);
+}
+
+#[test]
+fn test_peer_when_application_is_killed_waits_for_nothing() {
+    if e2e::skipped() {
+        return;
+    }
+    let daemon = Daemon::start(in_process_device().0, |_| {});
+    let mut app = app(&daemon, "waits");
+    let range = app.next();
+    app.expect("ready");
+    let mut peer = start_peer_as("peer_outlives", &daemon, app.pid(), &range);
+    peer.expect("attached");
+    app.signal(Signal::KILL);
+    peer.expect("over");
+    peer.wait_ok();
+    assert_eq!(daemon.wait_clean()["fence"]["kills"], 0);
 }

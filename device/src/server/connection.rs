@@ -13,7 +13,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::ServerOptions;
 use super::dispatch::{MAX_MULTI_WRITES, Refusal, ReplyBuffer, ReplyFds};
-use super::frame::{self, Ended, Fds, MAX_FDS};
+use super::frame::{self, Ended, Fds, MAX_FDS, Receiver};
 use super::requests::{Outgoing, RequestOptions, Requests, this_thread_serves};
 use super::twin::Twin;
 use crate::pci::Function;
@@ -42,8 +42,7 @@ pub(super) struct Connection<'f> {
     /// What the client is asked, once VERSION has been answered.
     requests: Option<Arc<Requests>>,
     twin: Option<Twin>,
-    /// The body being read: grows to the largest message seen, which is bounded.
-    body: Vec<u8>,
+    receiver: Receiver,
     reply: ReplyBuffer,
     fds: Fds,
     refusals: u64,
@@ -68,7 +67,7 @@ impl<'f> Connection<'f> {
             stopping,
             requests: None,
             twin: None,
-            body: Vec::new(),
+            receiver: Receiver::new(options.busy_poll),
             reply: ReplyBuffer::default(),
             fds: Fds::default(),
             refusals: 0,
@@ -114,8 +113,7 @@ impl<'f> Connection<'f> {
 
     fn one_message(&mut self) -> Result<(), Ended> {
         let timeout = self.session.options.client_timeout;
-        self.fds.clear();
-        let header = frame::recv_header(self.out.socket(), &mut self.fds, timeout)?;
+        let header = self.receiver.next(self.out.socket(), &mut self.fds, timeout)?;
         let limit = longest_message(self.session.options.max_data_xfer_size);
         let len = match header.payload_len(limit) {
             Ok(len) => len,
@@ -125,24 +123,22 @@ impl<'f> Connection<'f> {
                 return Err(error.into());
             }
         };
-        if self.body.len() < len {
-            self.body.resize(len, 0);
-        }
-        frame::recv_body(self.out.socket(), &mut self.body[..len], timeout)?;
+        let body = self
+            .receiver
+            .body(self.out.socket(), len, &mut self.fds, timeout)?;
 
         self.reply.clear();
         let outcome = match header.flags.message_type() {
             MessageType::Command if self.fds.overflow => Err(Refusal::TooManyFds(MAX_FDS)),
-            MessageType::Command => {
-                self.session
-                    .dispatch(&header, &self.body[..len], &mut self.fds, &mut self.reply)
-            }
+            MessageType::Command => self
+                .session
+                .dispatch(&header, body, &mut self.fds, &mut self.reply),
             // Never answer an answer.
             MessageType::Reply => {
                 // With a twin socket nothing was asked here.
                 self.fds.clear();
                 let requests = self.requests.as_ref().filter(|_| self.twin.is_none());
-                if requests.is_some_and(|requests| requests.deliver(&header, &self.body[..len])) {
+                if requests.is_some_and(|requests| requests.deliver(&header, body)) {
                     return Ok(());
                 }
                 self.log_refusal(&header, &Refusal::UnexpectedReply);
@@ -154,13 +150,13 @@ impl<'f> Connection<'f> {
         self.fds.clear();
         match outcome {
             Err(refusal) => {
-                self.log_refusal(&header, &refusal);
                 let padding = if self.session.options.padded_errors {
                     let limit = self.session.options.max_data_xfer_size;
-                    reply_len(header.command, &self.body[..len], limit)
+                    reply_len(header.command, body, limit)
                 } else {
                     0
                 };
+                self.log_refusal(&header, &refusal);
                 self.send_error(&header, refusal.errno(), padding)
             }
             Ok(_) if header.no_reply() => Ok(()),

@@ -58,6 +58,9 @@ pub struct ServerOptions {
     /// How long a new client may take to send VERSION, a client to send the rest of a message that it has
     /// begun, and a client to take an answer. Then it is disconnected: it would keep others out.
     pub client_timeout: Duration,
+    /// How long the connection's thread asks for the next message again and again before it sleeps. Zero =
+    /// never. Saves the wake-up, costs a processor while the client is quiet for less than this.
+    pub busy_poll: Duration,
     /// How long a client may take to answer a DMA_READ or DMA_WRITE. Then the device's access fails.
     pub dma_timeout: Duration,
     /// Error replies to region accesses, DMA_UNMAP and GET_IRQ_INFO are as long as good ones: for Cloud
@@ -70,6 +73,7 @@ impl Default for ServerOptions {
         Self {
             max_data_xfer_size: 1 << 20,
             client_timeout: Duration::from_secs(5),
+            busy_poll: Duration::ZERO,
             dma_timeout: Duration::from_secs(5),
             padded_errors: false,
         }

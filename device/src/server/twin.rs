@@ -11,7 +11,7 @@ use zerocopy::IntoBytes;
 
 use super::ServerOptions;
 use super::connection::longest_message;
-use super::frame::{self, Ended, Fds};
+use super::frame::{Ended, Fds, Receiver};
 use super::requests::{Outgoing, Requests, this_thread_serves};
 
 /// Two ends: ours and the client's.
@@ -65,10 +65,9 @@ impl Twin {
 
 fn read_answers(out: &Outgoing, requests: &Requests, options: &ServerOptions) -> Ended {
     let mut fds = Fds::default();
-    let mut body = Vec::new();
+    let mut receiver = Receiver::new(options.busy_poll);
     loop {
-        fds.clear();
-        if let Err(ended) = read_answer(out, requests, options, &mut fds, &mut body) {
+        if let Err(ended) = read_answer(out, requests, options, &mut fds, &mut receiver) {
             return ended;
         }
     }
@@ -79,17 +78,14 @@ fn read_answer(
     requests: &Requests,
     options: &ServerOptions,
     fds: &mut Fds,
-    body: &mut Vec<u8>,
+    receiver: &mut Receiver,
 ) -> Result<(), Ended> {
     let timeout = options.client_timeout;
-    let header = frame::recv_header(out.socket(), fds, timeout)?;
+    let header = receiver.next(out.socket(), fds, timeout)?;
     let len = header.payload_len(longest_message(options.max_data_xfer_size))?;
-    if body.len() < len {
-        body.resize(len, 0);
-    }
-    frame::recv_body(out.socket(), &mut body[..len], timeout)?;
+    let body = receiver.body(out.socket(), len, fds, timeout)?;
     if header.flags.message_type() == MessageType::Reply {
-        if !requests.deliver(&header, &body[..len]) {
+        if !requests.deliver(&header, body) {
             tracing::debug!(id = header.message_id, command = %header.command, "an answer to nothing");
         }
         return Ok(());

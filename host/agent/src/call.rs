@@ -92,6 +92,9 @@ impl Call {
             bump(&header.calls_silent);
             return;
         }
+        // Who is told of one half is told of the other: a call that counts as silent no longer must keep nothing to
+        // itself (S10).
+        let hop = self.ranges.map(|r| !r.is_empty());
         self.silent = false;
         header.silent_calls.fetch_sub(1, Ordering::SeqCst);
         bump(&header.calls_hopped);

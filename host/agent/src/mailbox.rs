@@ -11,6 +11,38 @@ use std::sync::atomic::{Ordering, fence as memory_fence};
 #[derive(Debug)]
 pub(crate) struct GoneBy;
 
+/// The clock of a caller that waits for the daemon.
+struct Patience {
+    /// [`sys::now_ms`] of the last sign of life that counts.
+    since: u64,
+    served: u32,
+    taken: bool,
+}
+
+impl Patience {
+    fn new(table: &SharedTable) -> Self {
+        Self {
+            since: sys::now_ms(),
+            served: table.header.served.load(Ordering::Acquire),
+            taken: false,
+        }
+    }
+
+    /// Begin again when the daemon has served somebody else meanwhile, or has taken this request. Not after that:
+    /// one request takes no longer than the fence timeout allows for.
+    fn renew(&mut self, table: &SharedTable, slot: Option<&Slot>) {
+        if self.taken {
+            return;
+        }
+        let served = table.header.served.load(Ordering::Acquire);
+        self.taken = slot.is_some_and(|s| s.state.load(Ordering::Acquire) == slot_state::SERVING);
+        if self.taken || served != self.served {
+            self.served = served;
+            self.since = sys::now_ms();
+        }
+    }
+}
+
 /// Ask for `invalidate_range_start` and wait until it has returned. The slot comes back claimed, for END.
 pub(crate) fn start(
     state: &State,
@@ -20,7 +52,8 @@ pub(crate) fn start(
     generation: u64,
 ) -> Result<usize, GoneBy> {
     let since = sys::now_ms();
-    let index = claim(state, table, since)?;
+    let mut patience = Patience::new(table);
+    let index = claim(state, table, &mut patience)?;
     let slot = &table.slots[index];
     loop {
         fill(slot, slot_op::START, range, event, generation);
@@ -29,7 +62,7 @@ pub(crate) fn start(
         ring(table);
         // If nobody answers, the slot stays as it is: the daemon that could still write to it is gone, or has
         // given the table up.
-        wait(state, table, slot, since)?;
+        wait(state, table, slot, &mut patience)?;
         let result = slot.result.load(Ordering::Acquire);
         if result == 0 {
             state.sample_resets();
@@ -77,7 +110,7 @@ fn fill(slot: &Slot, op: u32, range: Interval, event: u32, generation: u64) {
 }
 
 /// Take a free slot: each thread begins at one of its own. More than [`SLOTS`] callers wait for one.
-fn claim(state: &State, table: &SharedTable, since: u64) -> Result<usize, GoneBy> {
+fn claim(state: &State, table: &SharedTable, patience: &mut Patience) -> Result<usize, GoneBy> {
     let preferred = sys::gettid() as usize % SLOTS;
     loop {
         for i in 0..SLOTS {
@@ -95,7 +128,8 @@ fn claim(state: &State, table: &SharedTable, since: u64) -> Result<usize, GoneBy
                 return Ok(index);
             }
         }
-        look(state, table, since)?;
+        patience.renew(table, None);
+        look(state, table, patience.since)?;
         // The daemon frees slots without waking anybody: look again soon.
         let slot = &table.slots[preferred].state;
         sys::futex_wait(slot, slot.load(Ordering::Relaxed), 1);
@@ -103,7 +137,7 @@ fn claim(state: &State, table: &SharedTable, since: u64) -> Result<usize, GoneBy
 }
 
 /// Wait for DONE.
-fn wait(state: &State, table: &SharedTable, slot: &Slot, since: u64) -> Result<(), GoneBy> {
+fn wait(state: &State, table: &SharedTable, slot: &Slot, patience: &mut Patience) -> Result<(), GoneBy> {
     for _ in 0..state.spins.load(Ordering::Relaxed) {
         if slot.state.load(Ordering::Acquire) == slot_state::DONE {
             return Ok(());
@@ -118,7 +152,8 @@ fn wait(state: &State, table: &SharedTable, slot: &Slot, since: u64) -> Result<(
             slot.sleeping.store(0, Ordering::Relaxed);
             return Ok(());
         }
-        look(state, table, since)?;
+        patience.renew(table, Some(slot));
+        look(state, table, patience.since)?;
         state.counters.hop_sleeps.fetch_add(1, Ordering::Relaxed);
         sys::futex_wait(&slot.state, seen, 100);
         slot.sleeping.store(0, Ordering::SeqCst);

@@ -492,3 +492,24 @@ fn test_segments_when_attached_and_detached_are_covered() {
     mock.assert_idle();
     agent.detach().unwrap();
 }
+
+#[test]
+fn test_munmap_when_no_address_space_reaches_that_far_tells_nobody() {
+    let Some(_one) = one_at_a_time() else { return };
+    let mock = Mock::start(Options::default());
+    let agent = mock.attach();
+    mock.inner().table.header.must_hop.store(1, Ordering::SeqCst);
+    let limit = protos::bridge::shared::USER_END as usize;
+    for at in [limit - PAGE, limit, 1 << 60] {
+        // SAFETY: nothing is mapped there, nor can be.
+        let error = unsafe { agent.munmap(at, 2 * PAGE) }.unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+    }
+    // A daemon refuses such ranges, and who goes on asking a daemon that refuses ends up killing it.
+    let limit = limit as u64;
+    let beyond = |s: &Seen| matches!(s, Seen::Start { range, .. } if range.1 > limit);
+    assert!(!mock.seen().iter().any(beyond), "{:?}", mock.seen());
+    mock.inner().table.header.must_hop.store(0, Ordering::SeqCst);
+    mock.assert_idle();
+    agent.detach().unwrap();
+}

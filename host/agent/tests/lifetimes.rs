@@ -7,6 +7,7 @@ use agent::peer::Peer;
 use agent::{Agent, AgentError, AttachOptions, ContextOptions, ExecuteError, FaultMode, Instruction, Memory};
 use mock::{GSEG_OFFSET, Mock, Options, Seen};
 use protos::bridge::control::{Notice, NoticeReply};
+use protos::bridge::shared::slot_state;
 use protos::gru::cb::{self, Control, Status};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
@@ -562,4 +563,67 @@ fn test_peer_when_zapped_really_unmaps_before_it_answers() {
         std::thread::yield_now();
     }
     assert_eq!((peer.mapped_pages(), peer.read(start + 8)), (0, None));
+}
+
+#[test]
+fn test_detach_when_the_daemon_is_stopped_fences_it_and_returns() {
+    let Some(_one) = one_at_a_time() else { return };
+    let mut daemon = stand_in();
+    let mock = Mock::start(Options {
+        fence_timeout_ms: 300,
+        daemon: Some(daemon.id()),
+        ignore_hang_up: true,
+        ..Options::default()
+    });
+    let agent = mock.attach();
+    let (said, detached) = std::sync::mpsc::channel();
+    std::thread::spawn(move || said.send(agent.detach()).unwrap());
+    detached
+        .recv_timeout(Duration::from_secs(20))
+        .expect("detach returns")
+        .unwrap();
+    use std::os::unix::process::ExitStatusExt;
+    assert_eq!(daemon.wait().unwrap().signal(), Some(libc::SIGKILL));
+    assert!(agent::current().is_none());
+}
+
+#[test]
+fn test_hop_when_the_daemon_serves_others_meanwhile_does_not_fence_it() {
+    let Some(_one) = one_at_a_time() else { return };
+    let limit = Duration::from_millis(400);
+    let mut daemon = stand_in();
+    let mock = Mock::start(Options {
+        fence_timeout_ms: limit.as_millis() as u64,
+        daemon: Some(daemon.id()),
+        ..Options::default()
+    });
+    let agent = mock.attach();
+    let memory = agent.memory(PAGE as u64, "busy daemon").unwrap();
+    let at = map(agent, &memory, PAGE);
+    mock.count(at);
+    let slots = &mock.inner().table.slots;
+    // Other callers have every slot.
+    for slot in slots {
+        slot.state.store(slot_state::CLAIMED, Ordering::SeqCst);
+    }
+    std::thread::scope(|s| {
+        let call = s.spawn(|| unmap(agent, at, PAGE));
+        let begun = Instant::now();
+        // They are served one after the other.
+        while begun.elapsed() < 3 * limit {
+            mock.inner().table.header.served.fetch_add(1, Ordering::SeqCst);
+            std::thread::yield_now();
+        }
+        assert!(!call.is_finished());
+        for slot in slots {
+            slot.state.store(slot_state::FREE, Ordering::SeqCst);
+        }
+        assert!(call.join().unwrap() > 0);
+    });
+    assert_eq!(hops(&mock.seen()), 1);
+    agent.alive().unwrap();
+    mock.assert_idle();
+    agent.detach().unwrap();
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
 }

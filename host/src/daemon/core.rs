@@ -93,15 +93,16 @@ impl Core {
     }
 
     /// What agents are told to wait for this daemon before they fence *it*, in milliseconds; 0 = for ever. The
-    /// daemon may itself be waiting: for a device and then for a peer, each with the fence's timeout, and each
-    /// may take a moment to be gone.
+    /// daemon may itself be waiting: for a device, then for whoever is talking to the same peer, then for its
+    /// other peers, each with the fence's timeout, and each may take a moment to be gone. (Requests before this
+    /// one do not count: agents see those being served.)
     #[must_use]
     pub fn patience_of_agents_ms(&self) -> u64 {
         let timeout = self.options.fence_timeout;
         if timeout.is_zero() {
             return 0;
         }
-        u64::try_from((timeout * 3 + Duration::from_secs(1)).as_millis()).unwrap_or(u64::MAX)
+        u64::try_from((timeout * 4 + Duration::from_secs(1)).as_millis()).unwrap_or(u64::MAX)
     }
 
     /// A number for a new session.

@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::active::{ActiveTable, Claim};
 use super::context::{Ctx, InCallback, MaySleep, NonSleeping, in_callback, might_sleep};
 use super::event_count::EventCount;
-use super::measure::{Recorder, thread_switches};
+use super::measure::{Recorder, thread_allocations, thread_switches};
 use super::range::{Event, NotifierRange};
 use super::subscriber_list::{Entered, Place};
 use super::{Again, RegisterError, StartError, Subscriber, UnregisterError};
@@ -517,7 +517,7 @@ impl Chain {
         let record = self.recorder.of(event);
         let mut refused = None;
         let mut sleepers = 0u64;
-        let switches = thread_switches();
+        let (switches, allocations) = (thread_switches(), thread_allocations());
         let nonsleeping_begun = Instant::now();
         {
             let section = NonSleeping::enter();
@@ -536,6 +536,10 @@ impl Chain {
             }
         }
         record.nonsleeping.record(nanoseconds(nonsleeping_begun));
+        record.allocations.fetch_add(
+            thread_allocations().saturating_sub(allocations),
+            Ordering::Relaxed,
+        );
         record
             .switches
             .fetch_add(thread_switches().saturating_sub(switches), Ordering::Relaxed);

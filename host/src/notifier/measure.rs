@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 //! What an invalidation costs, recorded without a lock and without allocation.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
@@ -115,6 +116,9 @@ pub struct EventRecord {
     pub whole: Histogram,
     /// Voluntary context switches of the calling thread during the non-sleeping part. 0, or S9 is broken.
     pub switches: AtomicU64,
+    /// Allocator calls of the calling thread during the non-sleeping part, where the program counts them (see
+    /// [`count_allocations_by`]). 0, or S8 is at risk.
+    pub allocations: AtomicU64,
     /// Starts that were refused.
     pub refused: AtomicU64,
     /// Ends.
@@ -132,6 +136,8 @@ pub struct EventSummary {
     pub whole: Summary,
     /// Voluntary context switches in the non-sleeping part.
     pub voluntary_context_switches: u64,
+    /// Allocator calls in the non-sleeping part; `None`: this program does not count them.
+    pub allocations: Option<u64>,
     /// Refused starts.
     pub refused: u64,
     /// Ends.
@@ -165,6 +171,9 @@ impl Recorder {
                     nonsleeping: record.nonsleeping.summary(),
                     whole: record.whole.summary(),
                     voluntary_context_switches: record.switches.load(Ordering::Relaxed),
+                    allocations: ALLOCATION_COUNTER
+                        .get()
+                        .map(|_| record.allocations.load(Ordering::Relaxed)),
                     refused: record.refused.load(Ordering::Relaxed),
                     ends: record.ends.load(Ordering::Relaxed),
                 }
@@ -172,6 +181,20 @@ impl Recorder {
             .filter(|s| s.whole.count != 0)
             .collect()
     }
+}
+
+static ALLOCATION_COUNTER: OnceLock<fn() -> u64> = OnceLock::new();
+
+/// Names the function that tells how often the calling thread has called the allocator. Only a program can
+/// know: the allocator is its own. The first call counts, later ones change nothing.
+pub fn count_allocations_by(counter: fn() -> u64) {
+    let _ = ALLOCATION_COUNTER.set(counter);
+}
+
+/// Allocator calls of this thread so far; 0 where nobody counts them.
+#[must_use]
+pub(super) fn thread_allocations() -> u64 {
+    ALLOCATION_COUNTER.get().map_or(0, |count| count())
 }
 
 /// Voluntary context switches of this thread so far (`ru_nvcsw` of `RUSAGE_THREAD`, getrusage(2)).

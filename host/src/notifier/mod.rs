@@ -46,7 +46,9 @@ pub use chain::{Chain, ChainStats, MAX_SUBSCRIBERS, Registration, Started};
 pub use context::{Ctx, MaySleep, NonSleeping, atomic_depth, in_callback, might_sleep};
 pub use event_count::EventCount;
 pub use interval::{IntervalGuard, IntervalNotifier, IntervalNotifiers, IntervalOps, ReadBusy, Sequence};
-pub use measure::{EventRecord, EventSummary, Histogram, Recorder, Summary, thread_switches};
+pub use measure::{
+    EventRecord, EventSummary, Histogram, Recorder, Summary, count_allocations_by, thread_switches,
+};
 pub use range::{Event, NotifierRange};
 pub use spin::{SpinGuard, SpinMutex};
 

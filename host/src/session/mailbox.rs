@@ -161,6 +161,7 @@ impl Mailbox {
             slot_state::DONE
         };
         slot.state.store(next, Ordering::Release);
+        self.space.table().header.served.fetch_add(1, Ordering::Release);
         // Pairs with the sleeper's fence between setting `sleeping` and looking at the state again.
         fence(Ordering::SeqCst);
         if slot.sleeping.load(Ordering::Relaxed) != 0 {

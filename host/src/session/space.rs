@@ -285,6 +285,12 @@ impl AddressSpace {
         }
     }
 
+    /// Whether a fault is put off.
+    #[must_use]
+    pub fn faults_are_deferred(&self) -> bool {
+        self.deferred.load(Ordering::SeqCst) != 0
+    }
+
     /// Looks again at every fault that was put off. Those whose range is still being changed are put off
     /// again. Neither sleeps nor allocates.
     pub fn retry_deferred(&self) {

@@ -19,7 +19,7 @@
 //! | `invalidations.covered_silent.count` | covered calls that needed nobody |
 //! | `invalidations.covered_hopped` | by event (`unmap`, `clear`, `protection_vma` ...): the whole start, as the mailbox saw it |
 //! | `invalidations.safety_net` | by userfaultfd message (`unmap`, `remap`, `remove`, `fork`, `page_fault`, `other`): from readiness to the event having been read, with `purges_skipped` |
-//! | `invalidations.nonsleeping` | by event, all paths: the part that must not sleep, with `voluntary_context_switches` |
+//! | `invalidations.nonsleeping` | by event, all paths: the part that must not sleep, with `voluntary_context_switches` and `allocations` (null: not counted by this program) |
 //! | `invalidations.reclaimer` | the reclaimer's counters, null without one |
 //! | `safety_net` | `zero_pages`, `zero_page_retries`, `empty_reads` |
 //! | `faults` | `served`, `served_large`, `deferred`, `refused_unmapped`, `refused_protection`, `refused_private`, `refused_ended` |
@@ -92,6 +92,7 @@ pub fn of_session(session: &Session) -> Value {
         .map(|s| {
             let mut value = json!(s.nonsleeping);
             value["voluntary_context_switches"] = s.voluntary_context_switches.into();
+            value["allocations"] = s.allocations.into();
             (
                 s.event.map_or_else(|| "invalidate_page".to_owned(), name_of),
                 value,

@@ -164,6 +164,8 @@ fn test_s9_reclaim_when_a_peer_has_attached_is_refused_and_sends_nothing() {
     let mut byte = [0];
     let got = rustix::net::recv(&theirs, &mut byte[..], rustix::net::RecvFlags::DONTWAIT);
     assert_eq!(got.unwrap_err(), rustix::io::Errno::AGAIN, "no message");
+    // It has nothing, and says so by hanging up.
+    drop(theirs);
     assert!(xpmem.detach(&link, &b.token));
     assert!(matches!(
         b.reclaimer.reclaim_one(&b.token).unwrap(),
@@ -264,4 +266,17 @@ fn test_c2_reclaim_when_discard_fails_ends_all_the_same() {
     assert!(b.reclaimer.reclaim_one(&b.token).is_err());
     assert_eq!(watcher.seen.lock().unwrap().len(), 2);
     assert_eq!((b.chain.stats().active, b.reclaimer.stats().failed), (0, 1));
+}
+
+#[test]
+fn test_c1_pause_when_a_range_is_taken_back_under_it_discards_nothing_meanwhile() {
+    let b = set_up(3);
+    let mut paused = b.reclaimer.pause(&b.token);
+    std::thread::scope(|s| {
+        let attempt = s.spawn(|| b.reclaimer.reclaim_one(&MaySleep::claim("reclaimer")).unwrap());
+        paused.forget(0, u64::MAX);
+        drop(paused);
+        assert_eq!(attempt.join().unwrap(), Reclaimed::Nothing);
+    });
+    assert!((0..LEN / PAGE).all(|page| byte_at(&b.memfd, BASE + page * PAGE) == 0xa5));
 }

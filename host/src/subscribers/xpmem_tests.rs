@@ -313,7 +313,88 @@ fn test_s12_resolve_when_released_is_refused_and_peers_are_zapped() {
         };
         assert_eq!((start, end), (0, u64::MAX));
         answer(puppet.socket.as_ref().unwrap(), seq);
+        // No end will come for that zap: whoever waits for it there has to know.
+        assert!(matches!(puppet.receive(), Notice::Closing { .. }));
     });
+    assert!(puppet.link.is_gone());
+    assert!(!puppet.link.peer().is_gone(), "it has done nothing wrong");
     assert_eq!(xpmem.resolve_begin(BASE, END), Err(PeerBusy::Released));
     assert_eq!(xpmem.stats().peers, 0);
+}
+
+#[test]
+fn test_start_when_several_peers_are_silent_fences_all_within_one_timeout() {
+    let timeout = Duration::from_secs(1);
+    let (chain, xpmem, token) = set_up(Some(timeout));
+    let puppets: Vec<_> = (0..4).map(|_| Puppet::new()).collect();
+    for puppet in &puppets {
+        xpmem.attach(puppet.link.clone(), &token);
+    }
+    let begun = Instant::now();
+    let started = chain
+        .invalidate_range_start(range(BASE, END, true), Ctx::MaySleep(&token))
+        .unwrap();
+    // One after the other would be four, and agents do not wait for ever: they would kill this process.
+    assert!(begun.elapsed() < 3 * timeout, "{:?}", begun.elapsed());
+    chain.invalidate_range_end(started, Ctx::MaySleep(&token));
+    assert!(puppets.iter().all(|p| p.link.peer().is_gone()));
+}
+
+#[test]
+fn test_detach_when_peer_has_pages_waits_for_its_zap_and_lets_it_live() {
+    let (_chain, xpmem, token) = set_up(None);
+    let puppet = Puppet::new();
+    xpmem.attach(puppet.link.clone(), &token);
+    std::thread::scope(|s| {
+        let detacher = s.spawn(|| xpmem.detach(&puppet.link, &MaySleep::claim("detacher")));
+        let Notice::Zap { seq, start, end } = puppet.receive() else {
+            panic!("no zap")
+        };
+        assert_eq!((start, end), (BASE, END));
+        assert!(!detacher.is_finished());
+        answer(puppet.socket.as_ref().unwrap(), seq);
+        assert!(detacher.join().unwrap());
+    });
+    assert!(matches!(puppet.receive(), Notice::Closing { .. }));
+    assert!(!puppet.link.peer().is_gone());
+}
+
+#[test]
+fn test_detach_when_peer_has_hung_up_lets_it_live() {
+    let (chain, xpmem, token) = set_up(None);
+    let mut puppet = Puppet::new();
+    xpmem.attach(puppet.link.clone(), &token);
+    puppet.socket = None;
+    assert!(xpmem.detach(&puppet.link, &token));
+    let started = chain
+        .invalidate_range_start(range(BASE, END, true), Ctx::MaySleep(&token))
+        .unwrap();
+    chain.invalidate_range_end(started, Ctx::MaySleep(&token));
+    assert!(!puppet.link.peer().is_gone());
+}
+
+#[test]
+fn test_start_when_the_peer_is_dismissed_meanwhile_does_not_fence_it() {
+    let (chain, xpmem, token) = set_up(None);
+    let puppet = Puppet::new();
+    xpmem.attach(puppet.link.clone(), &token);
+    std::thread::scope(|s| {
+        let wire = lock(&puppet.link.wire);
+        let starter = s.spawn(|| {
+            let token = MaySleep::claim("starter");
+            let started = chain
+                .invalidate_range_start(range(BASE, END, true), Ctx::MaySleep(&token))
+                .unwrap();
+            chain.invalidate_range_end(started, Ctx::MaySleep(&token));
+        });
+        // It has taken its list of peers when it has said that the range is changing, or takes an empty one
+        // later: it is killed in neither case.
+        while xpmem.resolve_begin(BASE, END).is_ok() {
+            std::thread::yield_now();
+        }
+        puppet.link.dismiss("test");
+        drop(wire);
+        starter.join().unwrap();
+    });
+    assert!(!puppet.link.peer().is_gone());
 }

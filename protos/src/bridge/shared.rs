@@ -166,8 +166,9 @@ pub struct Header {
     /// Covered calls that are between start and end without having hopped (a subscriber that
     /// registers waits until this has been zero once after it raised `must_hop`: S10).
     pub silent_calls: AtomicU32,
-    /// Reserved.
-    pub reserved0: AtomicU32,
+    /// Raised by the daemon for each slot that it has served: a sign of life for callers whose turn has not
+    /// come, because those before them may each wait for a peer that the daemon is about to fence.
+    pub served: AtomicU32,
     /// Covered calls that needed no hop (statistics).
     pub calls_silent: AtomicU64,
     /// Covered calls that hopped (statistics).

@@ -58,7 +58,7 @@ impl Progress {
 pub fn run(args: &ApplicationArgs) -> Result<()> {
     let stop = Stop::new()?;
     let _leftovers = Leftovers::new(&args.supervised, &stop);
-    stop.on_signals()?;
+    stop.on_signals(true)?;
     // "end" ends the run early; the process stays until its stdin ends.
     let end = Stop::new()?;
     stop::obey(&stop, {

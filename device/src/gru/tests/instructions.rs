@@ -435,6 +435,26 @@ fn test_exceptions_when_instruction_is_wrong_name_the_cause() {
 }
 
 #[test]
+fn test_instruction_when_its_memory_was_truncated_after_the_fill_ends_in_an_exception() {
+    in_both_modes(|doorbell| {
+        let rig = Rig::new(config(doorbell));
+        rig.start(Mode::FaultMap);
+        rig.map_range(ASID, VA, 0, 4 * PAGE);
+        let vload = Instruction::vload(VA, 0, XType::DWORD, 8, 1);
+        let fetch = Instruction::gamir(VA, ImplicitOp::INC, XType::DWORD);
+        rig.run_ok(1, vload);
+        rig.run_ok(1, fetch);
+        rig.memory.set_len(0).unwrap();
+        for instruction in [vload, fetch, vload] {
+            assert_eq!(rig.run(1, instruction), Status::EXCEPTION);
+            assert_eq!(rig.cbe_status(0b1010, 1).ecause(), ecause::PE_CHECK_DATA_ERROR);
+        }
+        // The device lives.
+        rig.run_ok(1, Instruction::nop());
+    });
+}
+
+#[test]
 fn test_completion_interrupt_when_asked_for_sets_done_bit_and_raises_the_vector() {
     in_both_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));

@@ -157,7 +157,12 @@ fn test_c_interface_when_used_from_c_works() {
         return;
     };
     let mock = Mock::start(Options::default());
-    let out = Command::new(&program).arg(mock.socket()).output().unwrap();
+    let out = Command::new(&program)
+        .arg(mock.socket())
+        // Cargo's own setting names target/PROFILE first, where an older build may lie.
+        .env("LD_LIBRARY_PATH", folder)
+        .output()
+        .unwrap();
     assert_done(&out);
     let seen = mock.seen();
     assert!(

@@ -53,6 +53,8 @@ pub struct Options {
     pub monitor: bool,
     /// Refuse AddMemory.
     pub refuse_memory: bool,
+    /// Do not notice that the application hangs up, like a daemon that is stopped.
+    pub ignore_hang_up: bool,
 }
 
 impl Default for Options {
@@ -64,6 +66,7 @@ impl Default for Options {
             device: None,
             monitor: true,
             refuse_memory: false,
+            ignore_hang_up: false,
         }
     }
 }
@@ -446,6 +449,12 @@ fn serve(inner: &Arc<Inner>, connection: &OwnedFd) {
         let text = serde_json::to_vec(&reply).unwrap();
         let borrowed: Vec<_> = reply_fds.iter().map(AsFd::as_fd).collect();
         send(connection.as_fd(), &text, &borrowed);
+    }
+    if inner.options.ignore_hang_up {
+        let mut seen = inner.seen.lock().unwrap();
+        while !inner.stopped() {
+            seen = inner.changed.wait(seen).unwrap();
+        }
     }
     if let Some((stop, thread)) = monitor {
         stop.store(true, Ordering::SeqCst);
