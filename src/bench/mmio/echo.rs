@@ -43,7 +43,7 @@ pub const MAX: usize = 4096;
 /// The socket cannot be used.
 pub fn run(args: &EchoArgs) -> Result<()> {
     let stop = Stop::new()?;
-    stop.on_signals()?;
+    stop.on_signals(true)?;
     let _leftovers = Leftovers::new(&args.supervised, &stop);
     let listener = listen_at(&args.socket)?;
     stop::obey(&stop, |_| json!({}))?;

@@ -74,7 +74,7 @@ impl Amount {
 /// A process cannot be started or ends early; a server refuses what a case needs.
 pub fn run(args: &MmioArgs, out: &mut impl Write) -> Result<()> {
     let stop = Stop::new()?;
-    stop.on_signals()?;
+    stop.on_signals(false)?;
     // Mode 0700: nobody else reaches the sockets.
     let dir = tempfile::Builder::new()
         .prefix("tlbridge-")
