@@ -91,6 +91,7 @@ impl Hardware {
         self.interrupt_delays(true);
         self.pausing.store(true, Ordering::SeqCst);
         let quiet = self.quiesce.write().expect("no engine dies while it works");
+        self.wake.begin_reset();
         for chiplet in &self.chiplets {
             *chiplet
                 .configuration

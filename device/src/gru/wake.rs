@@ -98,6 +98,15 @@ impl Wake {
         fence(Ordering::SeqCst);
     }
 
+    /// A reset begins: said before anything is cleared.
+    pub(super) fn begin_reset(&self) {
+        let begun = self.resets.load(Ordering::SeqCst) + 1;
+        self.status
+            .word32(pci::STATUS_OFFSET + pci::STATUS_RESETS_BEGUN)
+            .store(begun, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+    }
+
     /// A reset is complete.
     pub(super) fn count_reset(&self) {
         // The page as it should be, whatever the last client has done to it.

@@ -98,6 +98,8 @@ enum Access {
         gseg: Mapping,
         status: Option<Mapping>,
         doorbell: OwnedFd,
+        /// The device's count of resets begun when this was mapped.
+        resets: u32,
     },
     Message(Box<dyn GsegAccess>),
 }
@@ -135,11 +137,15 @@ impl Gseg {
             Some((fd, at)) => Some(Mapping::new(fd, at, 4096, false)?),
             None => None,
         };
+        let resets = status
+            .as_ref()
+            .map_or(0, |page| page.load32(pci::STATUS_RESETS_BEGUN));
         Ok(Self {
             access: Access::Mapped {
                 gseg,
                 status,
                 doorbell,
+                resets,
             },
             cbs,
             ds_bytes,
@@ -215,6 +221,27 @@ impl Gseg {
             Access::Mapped { gseg, .. } => Ok(gseg.load(offset)),
             Access::Message(access) => access.read64(offset),
         }
+    }
+
+    /// After a read: fails when the device has begun a reset since this was mapped, so that what a reset
+    /// clears is never taken for a result.
+    fn before_reset(&self) -> io::Result<()> {
+        let Access::Mapped {
+            status: Some(page),
+            resets,
+            ..
+        } = &self.access
+        else {
+            return Ok(());
+        };
+        fence(Ordering::SeqCst);
+        if page.load32(pci::STATUS_RESETS_BEGUN) == *resets {
+            return Ok(());
+        }
+        Err(io::Error::new(
+            io::ErrorKind::NotConnected,
+            "the device has been reset: its contexts are gone",
+        ))
     }
 
     fn store(&self, offset: u64, value: u64) -> io::Result<()> {
@@ -294,7 +321,10 @@ impl Gseg {
         let mut nap = FIRST_NAP;
         loop {
             match self.poll(cb)? {
-                status @ (Status::IDLE | Status::EXCEPTION) => return Ok(status),
+                status @ (Status::IDLE | Status::EXCEPTION) => {
+                    self.before_reset()?;
+                    return Ok(status);
+                }
                 Status::CALL_OS => match &self.call_os {
                     Some(call) => call(cb)?,
                     None => return Err(io::Error::from(io::ErrorKind::Unsupported).into()),
@@ -336,17 +366,19 @@ impl Gseg {
     /// Old value that the last atomic of a control block returned.
     ///
     /// # Errors
-    /// As [`Gseg::issue`].
+    /// As [`Gseg::issue`]; `NotConnected` after a reset of the device.
     pub fn avalue(&self, cb: usize) -> io::Result<u64> {
-        self.load(self.cb_at(cb)? + cb::AVALUE)
+        let value = self.load(self.cb_at(cb)? + cb::AVALUE)?;
+        self.before_reset().map(|()| value)
     }
 
     /// Smallest fill tag that the last instruction of a control block used; `u64::MAX` when it used none.
     ///
     /// # Errors
-    /// As [`Gseg::issue`].
+    /// As [`Gseg::avalue`].
     pub fn tag(&self, cb: usize) -> io::Result<u64> {
-        self.load(self.cb_at(cb)? + map::CB_EXT_TAG)
+        let tag = self.load(self.cb_at(cb)? + map::CB_EXT_TAG)?;
+        self.before_reset().map(|()| tag)
     }
 
     /// Copies into the data segment at byte `offset`.
@@ -367,13 +399,13 @@ impl Gseg {
     /// Copies out of the data segment from byte `offset`.
     ///
     /// # Errors
-    /// As [`Gseg::ds_write`].
+    /// As [`Gseg::ds_write`]; `NotConnected` after a reset of the device.
     pub fn ds_read(&self, offset: usize, data: &mut [u8]) -> io::Result<()> {
         let at = self.ds_at(offset, data.len())?;
         match &self.access {
             Access::Mapped { gseg, .. } => {
                 gseg.read_bytes(at, data);
-                Ok(())
+                self.before_reset()
             }
             Access::Message(access) => access.read(at, data),
         }

@@ -30,6 +30,9 @@ pub const STATUS_AWAKE: u64 = 0x0;
 pub const STATUS_RESETS: u64 = 0x4;
 /// u64: [`STATUS_MAGIC_VALUE`].
 pub const STATUS_MAGIC: u64 = 0x8;
+/// u32: resets begun; raised before anything is cleared. Software that has read something from a control block
+/// or a data segment and finds this unchanged afterwards has read it from before any reset.
+pub const STATUS_RESETS_BEGUN: u64 = 0x10;
 /// "tlbgrust" as a little-endian word.
 pub const STATUS_MAGIC_VALUE: u64 = u64::from_le_bytes(*b"tlbgrust");
 /// MSI-X table in BAR0.

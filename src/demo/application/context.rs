@@ -52,11 +52,6 @@ impl Executor for Context {
         let cb = self.next;
         self.next = (self.next + 1) % self.context.cbs().clamp(1, CONTROL_BLOCKS);
         match self.context.execute(cb, instruction) {
-            // Every fill of the driver carries a generation from 1 on, because populating the arena is a
-            // covered call. A control block that a reset has cleared reads as done with a tag of 0.
-            Ok(completion) if completion.tag == 0 => Err(Broken(
-                "the device was reset while an instruction was running".into(),
-            )),
             Ok(completion) => Ok(Outcome::Completed {
                 avalue: completion.avalue,
                 tag: completion.tag,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use driver::gru::user::WaitError;
 use driver::gru::{Context, FaultMode, GruError, Mm};
 use protos::gru::cb::{Instruction, Status, XType};
 use protos::gru::map::{CBRS, CHIPLETS, CONTEXTS, DSR_BYTES};
@@ -343,6 +344,15 @@ pub fn reset_behind_the_driver(rig: &Rig) {
     user.ok(0, &Instruction::vload(VA, 0, XType::DWORD, 8, 1));
     rig.backing.reset().expect("reset");
     let User { gseg, context } = user;
+    if gseg.is_mapped() {
+        // Cleared memory reads as a finished instruction; it must not be taken for one.
+        let wait = gseg.wait(0, &|| true);
+        assert!(
+            matches!(&wait, Err(WaitError::Io(e)) if e.kind() == std::io::ErrorKind::NotConnected),
+            "{wait:?}"
+        );
+        assert!(gseg.tag(0).is_err() && gseg.avalue(0).is_err() && gseg.ds_read(0, &mut [0; 8]).is_err());
+    }
     drop(gseg);
     // Nothing to stop; without a mapped status page this is what finds out.
     context.close().expect("nothing to stop");
