@@ -27,6 +27,9 @@ use crate::uffd::{Injection, SafetyNet};
 pub const MAX_FILES: usize = 1024;
 
 impl DeviceFlush for Mm {
+    fn sleeps(&self) -> bool {
+        !self.flush_is_nonsleeping()
+    }
     fn flush(&self, start: u64, end: u64) {
         Mm::flush(self, start, end);
     }

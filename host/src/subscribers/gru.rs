@@ -1,4 +1,5 @@
-//! The GRU's driver as a subscriber: never sleeps, never refuses.
+//! The GRU's driver as a subscriber: never sleeps, never refuses. (Over a device whose flush handles are not
+//! mapped each access is a message: then it sleeps, says so, and refuses what must not block.)
 
 use std::sync::Arc;
 
@@ -8,6 +9,10 @@ use crate::notifier::{Again, Ctx, NotifierRange, Subscriber};
 /// A device's TLB for one address space, as the chain reaches it. On the non-sleeping path: no lock that can
 /// sleep, no allocation, no blocking system call.
 pub trait DeviceFlush: Send + Sync {
+    /// Whether a flush sleeps: the device can be reached by messages only.
+    fn sleeps(&self) -> bool {
+        false
+    }
     /// Drops every translation that meets `[start, end)`. When this returns, no access through an old one is
     /// running or can start (S2), and fills whose miss is older are refused (the kill bit).
     fn flush(&self, start: u64, end: u64);
@@ -56,10 +61,14 @@ impl<D: DeviceFlush + ?Sized> Subscriber for GruSubscriber<D> {
     }
 
     fn sleeping(&self) -> bool {
-        false
+        self.device.sleeps()
     }
 
-    fn invalidate_range_start(&self, range: &NotifierRange, _ctx: Ctx<'_>) -> Result<(), Again> {
+    fn invalidate_range_start(&self, range: &NotifierRange, ctx: Ctx<'_>) -> Result<(), Again> {
+        // S9: without sleeping, or not at all.
+        if self.device.sleeps() && matches!(ctx, Ctx::NonSleeping(_)) {
+            return Err(Again);
+        }
         self.drop_range(range.start, range.end);
         Ok(())
     }
@@ -68,9 +77,9 @@ impl<D: DeviceFlush + ?Sized> Subscriber for GruSubscriber<D> {
         self.fills.table().ring_if_faults_wait();
     }
 
-    fn invalidate_page(&self, range: &NotifierRange, _ctx: Ctx<'_>) -> Result<(), Again> {
-        self.drop_range(range.start, range.end);
-        Ok(())
+    fn invalidate_page(&self, range: &NotifierRange, ctx: Ctx<'_>) -> Result<(), Again> {
+        // The same, and nothing to undo: there is no end.
+        self.invalidate_range_start(range, ctx)
     }
 
     fn release(&self) {
@@ -148,6 +157,45 @@ mod tests {
         chain.invalidate_range_end(started, Ctx::MaySleep(&token));
         drop(change);
         assert!(fills.begin_fill(0x5000, 12).is_ok());
+    }
+
+    #[test]
+    fn test_s9_gru_when_flush_sleeps_refuses_what_must_not_block() {
+        /// Reached by messages.
+        struct Remote(Mutex<u32>);
+        impl DeviceFlush for Remote {
+            fn sleeps(&self) -> bool {
+                true
+            }
+            fn flush(&self, _start: u64, _end: u64) {
+                crate::notifier::might_sleep("a message to the device");
+                *self.0.lock().unwrap() += 1;
+            }
+            fn flush_all(&self) {
+                self.flush(0, u64::MAX);
+            }
+        }
+        let fills = FillTable::new(MappedTable::create().unwrap());
+        let device = Arc::new(Remote(Mutex::new(0)));
+        let (chain, token) = (Chain::new(), MaySleep::claim("test"));
+        chain
+            .register(GruSubscriber::new(device.clone(), fills), &token)
+            .unwrap();
+        let mut range = NotifierRange {
+            start: 0x4000,
+            end: 0x6000,
+            event: Event::Unmap,
+            blockable: false,
+        };
+        let refused = chain.invalidate_range_start(range, Ctx::MaySleep(&token));
+        assert!(refused.is_err(), "{refused:?}");
+        assert_eq!(*device.0.lock().unwrap(), 0);
+        range.blockable = true;
+        let started = chain
+            .invalidate_range_start(range, Ctx::MaySleep(&token))
+            .unwrap();
+        assert_eq!(*device.0.lock().unwrap(), 1);
+        chain.invalidate_range_end(started, Ctx::MaySleep(&token));
     }
 
     #[test]
