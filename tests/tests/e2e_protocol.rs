@@ -130,10 +130,11 @@ fn sessions_come_and_go() {
             peer.refused(&Request::PeerResolve { va: 0x2000 }, &[]),
             libc::EFAULT
         );
-        // The peer leaves first: a peer that does not answer the session's end would be fenced.
+        // The peer leaves first, and hangs up the socket on which it would be asked to unmap: one that keeps it
+        // and does not answer is fenced.
+        drop(peer_fds);
         drop(peer);
         daemon.stats_until("the peer leaves", |s| s["sessions"][0]["xpmem"]["peers"] == 0);
-        drop(peer_fds);
         if n.is_multiple_of(2) {
             client.send(b"{\"request\":", &[memory.as_fd()]).unwrap();
         }

@@ -89,7 +89,7 @@ fn cargo(arguments: &[&str]) -> Command {
 }
 
 fn integration(root: &Path, in_process: bool) -> Command {
-    let mut c = cargo(&["test", "--release", "-p", "tlbridge-tests"]);
+    let mut c = cargo(&["test", "--no-fail-fast", "--release", "-p", "tlbridge-tests"]);
     // What the sandbox tests start: the binary and the agent library of the step before.
     c.env("TLBRIDGE_BIN", root.join("target/release/tlbridge"));
     c.env(
