@@ -83,11 +83,20 @@ pub(crate) fn start(
 }
 
 /// Send `invalidate_range_end`; nobody waits for it, and the daemon frees the slot.
+///
+/// Nobody is woken for it either, unless a subscriber beside the GRU's driver is there: that driver has nothing to
+/// do at an end (faults that were put off are rung for when `in_progress` is lowered), and a worker that is woken
+/// here would take the processor from the caller before its call has returned. The next ring, or the worker's own
+/// look, finds the slot; a subscriber that registers rings after it has raised `must_hop`.
 pub(crate) fn end(table: &SharedTable, index: usize, range: Interval, event: u32, generation: u64) {
     let slot = &table.slots[index];
     fill(slot, slot_op::END, range, event, generation);
     slot.state.store(slot_state::REQUEST_DETACHED, Ordering::Release);
-    ring(table);
+    table.header.bell.fetch_add(1, Ordering::SeqCst);
+    memory_fence(Ordering::SeqCst);
+    if table.header.must_hop.load(Ordering::SeqCst) != 0 {
+        ring(table);
+    }
 }
 
 /// Make the daemon look: at slots, or at faults that were put off.
@@ -130,6 +139,8 @@ fn claim(state: &State, table: &SharedTable, patience: &mut Patience) -> Result<
         }
         patience.renew(table, None);
         look(state, table, patience.since)?;
+        // Slots whose end nobody was woken for are free once a worker has looked.
+        ring(table);
         // The daemon frees slots without waking anybody: look again soon.
         let slot = &table.slots[preferred].state;
         sys::futex_wait(slot, slot.load(Ordering::Relaxed), 1);

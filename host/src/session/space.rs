@@ -325,6 +325,8 @@ impl AddressSpace {
         self.table.header.must_hop.fetch_add(1, Ordering::SeqCst);
         // Pairs with the agent's fence between raising silent_calls and reading must_hop.
         fence(Ordering::SeqCst);
+        // Ends that nobody was woken for: they are waited for by whoever registers now.
+        self.ring();
     }
 
     /// The opposite of [`Self::raise_must_hop`], after the subscriber is gone.
