@@ -11,7 +11,9 @@
 //!    has to be told to anybody. Else a [`Slot`] carries `START` to the daemon and the agent waits for
 //!    its answer (the chain's `invalidate_range_start` has returned: drained, invariant S2).
 //! 5. The system call.
-//! 6. If step 4 used the mailbox: `END` by the same slot (not waited for).
+//! 6. If step 4 used the mailbox: `END` by the same slot. Not waited for, and nobody is woken for it while
+//!    [`Header::must_hop`] is zero: the GRU's driver has nothing to do at an end. Whoever registers later rings
+//!    after it has raised `must_hop`, so that such ends are served before it waits for them.
 //! 7. `in_progress` is lowered; `fence(SeqCst)`; if [`Header::fault_waiters`] is not zero the bell is
 //!    rung so that deferred faults are looked at again.
 //!
