@@ -4,8 +4,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen, socket_with,
     sockopt::socket_peercred,
@@ -15,6 +17,8 @@ use super::DaemonError;
 
 /// Connections that may wait for `accept`.
 const BACKLOG: i32 = 64;
+/// Longest wait for another daemon that is starting in the same directory.
+const LOCK_LIMIT: Duration = Duration::from_secs(5);
 
 /// The listening socket. Its file is removed when this is dropped, if it still is this socket's file.
 #[derive(Debug)]
@@ -59,8 +63,7 @@ impl Listener {
         .map_err(|e| system(&format!("directory {}; create it first", directory.display()), &e))?;
         // Two daemons that both find a dead one's file must not remove each other's: one at a time, until it
         // listens. The lock goes with the descriptor.
-        rustix::fs::flock(&directory_fd, FlockOperation::LockExclusive)
-            .map_err(|e| system("flock of the directory", &e))?;
+        lock(&directory_fd).map_err(|e| system(&format!("lock of {}", directory.display()), &e))?;
 
         remove_stale(path, &address).map_err(&fail)?;
         let socket = seqpacket().map_err(|e| system("socket", &e))?;
@@ -99,6 +102,28 @@ impl Drop for Listener {
         let ours = std::fs::symlink_metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == self.file);
         if ours && let Err(error) = std::fs::remove_file(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "the control socket's file could not be removed");
+        }
+    }
+}
+
+/// Takes the directory's lock. Others hold it for the moment of their own start only; but anybody may hold it for
+/// ever, so the wait has an end.
+fn lock(directory: &OwnedFd) -> Result<(), String> {
+    let deadline = Instant::now() + LOCK_LIMIT;
+    loop {
+        match rustix::fs::flock(directory, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                // flock has no time limit of its own.
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(Errno::WOULDBLOCK) => {
+                return Err(format!(
+                    "another process has held it for {} s; end it or choose another directory",
+                    LOCK_LIMIT.as_secs()
+                ));
+            }
+            Err(e) => return Err(e.to_string()),
         }
     }
 }
@@ -153,6 +178,20 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         drop(listener);
         assert!(!path.exists(), "removed when dropped");
+    }
+
+    #[test]
+    fn test_listener_when_directory_stays_locked_ends_with_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = std::fs::File::open(dir.path()).unwrap();
+        rustix::fs::flock(&held, FlockOperation::LockExclusive).unwrap();
+        let error = Listener::bind(&dir.path().join("s")).unwrap_err().to_string();
+        assert!(
+            error.contains(&dir.path().display().to_string()) && error.contains("held"),
+            "{error}"
+        );
+        drop(held);
+        Listener::bind(&dir.path().join("s")).unwrap();
     }
 
     #[test]
