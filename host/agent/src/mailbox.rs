@@ -95,7 +95,7 @@ pub(crate) fn end(table: &SharedTable, index: usize, range: Interval, event: u32
     table.header.bell.fetch_add(1, Ordering::SeqCst);
     memory_fence(Ordering::SeqCst);
     if table.header.must_hop.load(Ordering::SeqCst) != 0 {
-        ring(table);
+        wake_worker(table);
     }
 }
 
@@ -103,6 +103,11 @@ pub(crate) fn end(table: &SharedTable, index: usize, range: Interval, event: u32
 pub(crate) fn ring(table: &SharedTable) {
     table.header.bell.fetch_add(1, Ordering::SeqCst);
     memory_fence(Ordering::SeqCst);
+    wake_worker(table);
+}
+
+/// After the bell was counted up, and a fence.
+fn wake_worker(table: &SharedTable) {
     if table.header.bell_sleepers.load(Ordering::SeqCst) != 0 {
         sys::futex_wake(&table.header.bell, 1);
     }
