@@ -9,6 +9,7 @@ use std::convert::Infallible;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use device::model::{AccessError, BarSpec, Identity, Model};
 use device::pci::Function;
@@ -16,6 +17,7 @@ use device::server::{Server, ServerOptions, StopFd};
 use driver::backing::{Backing, DmaProt};
 use driver::vfio_user::VfioUserClient;
 use protos::vfio_user::Command;
+use rustix::event::{EventfdFlags, eventfd};
 use vfio_user_scratch::*;
 
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
@@ -185,6 +187,17 @@ fn test_clients_when_they_come_and_go_in_every_way_leave_no_file_descriptor() {
             }
             assert!(VfioUserClient::connect(&rig.path).is_err());
             drop(client);
+            // With eventfds that mask, unmask and are triggered.
+            let mut raw = Raw::negotiated(&rig.path);
+            let event = || eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+            let events = [event(), event(), event()];
+            for action in [8, 16, 32] {
+                let body = irq_set(4 | action, 3);
+                let fds = events.each_ref().map(AsFd::as_fd);
+                raw.send_with_fds(1, Command::DEVICE_SET_IRQS, &body, &fds);
+                raw.expect_ok(1);
+            }
+            drop(raw);
             // In the middle of a message, with file descriptors that nobody asked for.
             let mut raw = Raw::negotiated(&rig.path);
             raw.send_with_fds(1, Command::REGION_READ, &[], &[memory.as_fd(); 20]);
@@ -200,4 +213,51 @@ fn test_clients_when_they_come_and_go_in_every_way_leave_no_file_descriptor() {
         assert_eq!(connected(&rig), at_first);
     }
     assert_eq!(open_fds(), outside);
+}
+
+/// Body of SET_IRQS for the first MSI-X vectors.
+fn irq_set(flags: u32, count: u32) -> Vec<u8> {
+    [20, flags, 2, 0, count]
+        .iter()
+        .flat_map(|word: &u32| word.to_ne_bytes())
+        .collect()
+}
+
+#[test]
+fn test_mask_eventfds_when_full_or_semaphores_neither_stop_nor_spin_the_server() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let rig = Rig::start();
+    let mut raw = ready(&rig.path);
+    // Each read of a semaphore takes 1 of the count: it stays readable.
+    let fds = [EventfdFlags::empty(), EventfdFlags::SEMAPHORE].map(|kind| {
+        let fd = eventfd(0, kind | EventfdFlags::CLOEXEC).unwrap();
+        rustix::io::write(&fd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        fd
+    });
+    raw.send_with_fds(
+        2,
+        Command::DEVICE_SET_IRQS,
+        &irq_set(4 | 8, 2),
+        &fds.each_ref().map(AsFd::as_fd),
+    );
+    raw.expect_ok(2);
+    assert_eq!(raw.read_register(3, 8), 0);
+    let server = std::fs::read_dir("/proc/self/task")
+        .unwrap()
+        .map(|task| task.unwrap().path())
+        .find(|task| std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name == "vfio-user\n"))
+        .expect("the connection's thread");
+    let used = || {
+        let line = std::fs::read_to_string(server.join("schedstat")).unwrap();
+        Duration::from_nanos(line.split(' ').next().unwrap().parse().unwrap())
+    };
+    let before = used();
+    // Not to wait for something: the span in which nothing should be done.
+    std::thread::sleep(Duration::from_millis(300));
+    let spent = used() - before;
+    assert!(
+        spent < Duration::from_millis(100),
+        "{spent:?} of processor time for nothing"
+    );
+    assert_eq!(raw.read_register(4, 8), 0);
 }

@@ -40,7 +40,7 @@ pub const ASK: u64 = 0x128;
 pub const PAGE: u64 = 0x1000;
 pub const BAR0_SIZE: u64 = 0x10000;
 pub const BAR2_SIZE: u64 = 0x10_0000;
-pub const VECTORS: u16 = 40;
+pub const VECTORS: u16 = 140;
 pub const MSIX: MsixSpec = MsixSpec {
     vectors: VECTORS,
     bar: 0,
