@@ -63,7 +63,7 @@ fn test_client_when_connected_knows_the_device() {
     );
     assert_eq!(
         (capabilities.pgsizes, capabilities.write_multiple),
-        (Some(4096), Some(false))
+        (Some(4096), Some(true))
     );
 }
 
@@ -367,6 +367,7 @@ fn answer_version(answer: Vec<u8>) -> ConnectError {
         });
         let options = ClientOptions {
             reply_timeout: Some(Duration::from_millis(1500)),
+            ..ClientOptions::default()
         };
         VfioUserClient::connect_with(&path, options).unwrap_err()
     })
@@ -466,6 +467,7 @@ fn test_call_when_no_reply_comes_times_out_and_the_client_is_dead() {
     let rig = Rig::start();
     let options = ClientOptions {
         reply_timeout: Some(Duration::from_millis(1500)),
+        ..ClientOptions::default()
     };
     let client = VfioUserClient::connect_with(&rig.path, options).unwrap();
     enable(&client);

@@ -37,6 +37,9 @@ pub const WAIT: u64 = 0x120;
 pub const BELL: u64 = 0x200;
 /// As [`FETCH`] into register 3, by a thread of the device; vector 1 is raised when it is done.
 pub const ASK: u64 = 0x128;
+/// As [`STORE`] of register 1, by a thread of the device; then register 4 is 1 when that worked, else 2, and
+/// vector 2 is raised.
+pub const TELL: u64 = 0x130;
 pub const PAGE: u64 = 0x1000;
 pub const BAR0_SIZE: u64 = 0x10000;
 pub const BAR2_SIZE: u64 = 0x10_0000;
@@ -208,6 +211,15 @@ impl Model for Scratch {
                     state.lock().unwrap().registers[3] =
                         read.map_or(u64::MAX, |()| u64::from_le_bytes(bytes));
                     context.interrupts.trigger(1);
+                });
+            }
+            TELL => {
+                let (context, shared) = (self.context.clone(), Arc::clone(&self.state));
+                let bytes = state.registers[1].to_le_bytes();
+                std::thread::spawn(move || {
+                    let stored = context.dma.store(value, &bytes).is_ok();
+                    shared.lock().unwrap().registers[4] = if stored { 1 } else { 2 };
+                    context.interrupts.trigger(2);
                 });
             }
             _ if offset.is_multiple_of(8) && offset / 8 < REGISTERS => {
