@@ -43,9 +43,9 @@ fn test_gru_when_checked_passes_every_case_in_both_doorbell_modes() {
         );
         assert!(ended.status.success());
         let skipped = reasons(&json, "not_applicable");
-        // Without mappable areas there are no capabilities to look at.
-        assert!(skipped.len() <= 2, "{skipped:?}");
-        assert!(json["passed"].as_u64().unwrap() >= 45, "{json}");
+        // Without mappable areas there are no capabilities to look at; and no register makes a GRU access memory.
+        assert!(skipped.len() <= 2 + 5, "{skipped:?}");
+        assert!(json["passed"].as_u64().unwrap() >= 50, "{json}");
     }
 }
 
