@@ -51,6 +51,32 @@ pub const MSIX: MsixSpec = MsixSpec {
     pba_offset: 0x9000,
 };
 
+/// Where a [`Scratch`] has MSI-X.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Msix {
+    /// Nowhere.
+    None,
+    /// As [`MSIX`] says: in BAR 0, beside a mappable page.
+    Shared,
+    /// In BAR 4, which has this size and nothing else.
+    OwnBar(u64),
+}
+
+impl Msix {
+    fn spec(self) -> Option<MsixSpec> {
+        match self {
+            Self::None => None,
+            Self::Shared => Some(MSIX),
+            Self::OwnBar(size) => Some(MsixSpec {
+                vectors: VECTORS,
+                bar: 4,
+                table_offset: 0,
+                pba_offset: size - 0x400,
+            }),
+        }
+    }
+}
+
 /// A few registers, a mappable page in BAR0, a wholly mappable BAR2.
 #[derive(Debug)]
 pub struct Scratch {
@@ -60,7 +86,7 @@ pub struct Scratch {
     pub bell: OwnedFd,
     pub barrier: Arc<Barrier>,
     state: Arc<Mutex<State>>,
-    with_msix: bool,
+    msix: Msix,
 }
 
 #[derive(Debug, Default)]
@@ -78,10 +104,10 @@ pub fn memfd(size: u64) -> OwnedFd {
 
 impl Scratch {
     pub fn new(context: ModelContext) -> Arc<Self> {
-        Self::build(context, true)
+        Self::build(context, Msix::Shared)
     }
 
-    pub fn build(context: ModelContext, with_msix: bool) -> Arc<Self> {
+    pub fn build(context: ModelContext, msix: Msix) -> Arc<Self> {
         Arc::new(Self {
             context,
             page: memfd(BAR0_SIZE),
@@ -89,7 +115,7 @@ impl Scratch {
             bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap(),
             barrier: Arc::new(Barrier::new(2)),
             state: Arc::default(),
-            with_msix,
+            msix,
         })
     }
 
@@ -130,7 +156,17 @@ impl Model for Scratch {
             fd: self.memory.try_clone().unwrap(),
             areas: vec![(0, BAR2_SIZE)],
         };
-        vec![
+        let own = match self.msix {
+            Msix::OwnBar(size) => Some(BarSpec {
+                index: 4,
+                size,
+                is_64bit: false,
+                prefetchable: false,
+                mmap: None,
+            }),
+            _ => None,
+        };
+        let mut bars = vec![
             BarSpec {
                 index: 0,
                 size: BAR0_SIZE,
@@ -145,11 +181,13 @@ impl Model for Scratch {
                 prefetchable: true,
                 mmap: Some(memory),
             },
-        ]
+        ];
+        bars.extend(own);
+        bars
     }
 
     fn msix(&self) -> Option<MsixSpec> {
-        self.with_msix.then_some(MSIX)
+        self.msix.spec()
     }
 
     fn bar_read(&self, bar: usize, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
