@@ -534,6 +534,36 @@ fn test_reply_when_nothing_was_asked_is_ignored_and_other_types_refused() {
     assert!(rig.model.log().is_empty() && rig.model.resets() == 0);
 }
 
+#[test]
+fn test_other_devices_when_clients_stall_and_flood_are_served_as_before() {
+    // A minute: what the hostile clients hold up stays held up during the test.
+    let (stalled, flooded, good) = (Rig::start(), Rig::start(), Rig::start());
+    // Never reads its answers: the server waits in the middle of one.
+    let mut reader = ready(&stalled);
+    reader.stream.set_nonblocking(true).unwrap();
+    let frame = Raw::frame(9, Command::REGION_READ, &access(0, 2, 1 << 20, &[]));
+    for _ in 0..8 {
+        if reader.stream.write_all(&frame).is_err() {
+            break;
+        }
+    }
+    // Half a message, with file descriptors.
+    let memory = memfd(0x1000);
+    let mut half = ready(&flooded);
+    half.send_with_fds(3, Command::REGION_READ, &[], &[memory.as_fd(); 20]);
+    half.expect_error(3, EINVAL);
+    half.stream
+        .write_all(&Raw::frame(4, Command::DMA_MAP, &[0; 32])[..30])
+        .unwrap();
+    let mut raw = ready(&good);
+    let begin = std::time::Instant::now();
+    for id in 10..2010 {
+        assert_eq!(raw.read_register(id, 8), 0);
+    }
+    // Waiting for one of the others would take a minute.
+    assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
+}
+
 /// Anything with a true size is answered once, with a true size, and does not take the server down.
 #[test]
 fn test_any_messages_when_sent_are_each_answered_once() {

@@ -21,6 +21,8 @@ use rustix::event::{EventfdFlags, eventfd};
 use vfio_user_scratch::*;
 
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+/// The largest of them, in bytes.
+static LARGEST: AtomicU64 = AtomicU64::new(0);
 
 thread_local! {
     static COUNTED: Cell<bool> = const { Cell::new(false) };
@@ -28,17 +30,18 @@ thread_local! {
 
 struct Counting;
 
-fn count() {
+fn count(bytes: usize) {
     // No thread-local any more at a thread's end: nothing to count either.
     if COUNTED.try_with(Cell::get).unwrap_or(false) {
         ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        LARGEST.fetch_max(bytes as u64, Ordering::Relaxed);
     }
 }
 
 // SAFETY: everything is passed on to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count();
+        count(layout.size());
         // SAFETY: as the caller promises.
         unsafe { System.alloc(layout) }
     }
@@ -49,7 +52,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        count();
+        count(size);
         // SAFETY: as the caller promises.
         unsafe { System.realloc(pointer, layout, size) }
     }
@@ -260,4 +263,69 @@ fn test_mask_eventfds_when_full_or_semaphores_neither_stop_nor_spin_the_server()
         "{spent:?} of processor time for nothing"
     );
     assert_eq!(raw.read_register(4, 8), 0);
+}
+
+#[test]
+fn test_hostile_sizes_when_sent_never_make_the_server_allocate_more_than_its_limit() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    const LIMIT: u32 = 64 << 10;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let function = Function::new(|_| Ok::<_, Infallible>(Arc::new(Marking) as Arc<dyn Model>)).unwrap();
+    let options = ServerOptions {
+        max_data_xfer_size: LIMIT,
+        ..ServerOptions::default()
+    };
+    let server = Server::bind(&path, function, options).unwrap();
+    let stop = StopFd::new().unwrap();
+    // From the model's first access on the connection's thread is counted.
+    let marked = || {
+        let mut raw = Raw::with_capabilities(&path, "\"write_multiple\":true");
+        switch_on(&mut raw);
+        raw.send(2, Command::REGION_READ, &access(0, 0, 4, &[]));
+        raw.expect_ok(2);
+        raw
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| server.run(&stop).unwrap());
+        LARGEST.store(0, Ordering::Relaxed);
+        let mut raw = marked();
+        for (id, count) in (10..).zip([LIMIT + 1, 1 << 20, 1 << 30, u32::MAX]) {
+            raw.send(id, Command::REGION_READ, &access(0, 0, count, &[]));
+            raw.expect_error(id, 7);
+            raw.send(id, Command::REGION_WRITE, &access(0, 0, count, &[0; 8]));
+            raw.expect_error(id, 7);
+        }
+        for (id, count) in (20..).zip([201u64, 1 << 32, u64::MAX]) {
+            raw.send(id, Command::REGION_WRITE_MULTI, &count.to_ne_bytes());
+            raw.expect_error(id, 7);
+        }
+        // As much as is permitted, many times.
+        for id in 30..60 {
+            raw.send(
+                id,
+                Command::REGION_WRITE,
+                &access(0, 7, LIMIT, &vec![0; LIMIT as usize]),
+            );
+            raw.expect_error(id, 22);
+        }
+        drop(raw);
+        // Frames over the limit end the connection, before their bodies are there.
+        for size in [LIMIT + 33 + 4800, 1 << 30, u32::MAX] {
+            let mut raw = marked();
+            let mut frame = Raw::frame(5, Command::REGION_WRITE, &access(0, 0, 8, &[]));
+            frame[4..8].copy_from_slice(&size.to_ne_bytes());
+            std::io::Write::write_all(&mut raw.stream, &frame).unwrap();
+            raw.expect_error(5, 90);
+            raw.expect_closed();
+        }
+        stop.stop();
+    });
+    let largest = LARGEST.load(Ordering::Relaxed);
+    assert!(largest > 0, "nothing was counted");
+    // A buffer doubles as it grows.
+    assert!(
+        largest <= 2 * (u64::from(LIMIT) + 64),
+        "{largest} bytes at once, where {LIMIT} are the most of a message"
+    );
 }
