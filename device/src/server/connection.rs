@@ -199,7 +199,7 @@ impl<'f> Connection<'f> {
         let request_options = RequestOptions {
             max_transfer: options.max_data_xfer_size.min(theirs.max_data_xfer_size()) as usize,
             timeout: options.dma_timeout,
-            // Of the clients that are known only QEMU's proposes this, and only QEMU's layout is short.
+            // QEMU proposes this, and only QEMU's layout may be short (10.1; not 11.1.3).
             may_be_short: theirs.write_multiple == Some(true),
         };
         let requests = match self.session.twin.take() {

@@ -1,6 +1,9 @@
 //! A GRU under any sequence of BAR accesses. The software's page table is the oracle: whatever is done, each
 //! entry of the device's TLB equals it, and no frame that it has given up is written any more.
 
+mod pages;
+mod places;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,6 +25,7 @@ use super::gru_actions::{
     Action, Answer, Change, ContextNumber, Instruction, PageNumber, Place, PurgeKind, Sequence,
 };
 use super::live::Violation;
+use places::{address, cb_at, cch_at, ds_at, offset_of, place_of, tfh_at};
 
 /// (opcode, status, cause) of an instruction that ended: what stands for coverage.
 type Seen = (u16, u32, u32);
@@ -180,93 +184,6 @@ impl GruUnderTest {
         let fd: OwnedFd = self.memory.as_fd().try_clone_to_owned()?;
         let mapped = self.function.dma().map(IOVA, MEMORY, fd, 0, Prot::READ_WRITE);
         mapped.map_err(|error| Violation(error.to_string()))
-    }
-
-    /// Everything as after the device's start; each space has every second page.
-    fn begin(&mut self) -> Result<(), Violation> {
-        // Memory space and bus mastering on.
-        self.write(RegionIndex::CONFIG, 4, &6u16.to_le_bytes())?;
-        self.pages.clear();
-        self.free.clear();
-        self.free
-            .insert(12, (0..SMALL_FRAMES).map(|n| n * PAGE).collect());
-        self.free
-            .insert(21, (1..=HUGE_FRAMES).map(|n| n * HUGE).collect());
-        self.memory
-            .write_all_at(&self.poisoned[..(SMALL_FRAMES * PAGE) as usize], 0)?;
-        for frame in 1..=HUGE_FRAMES {
-            self.poison(frame * HUGE, HUGE)?;
-        }
-        for space in 0..2u8 {
-            for page in (0..(SMALL_PAGES + HUGE_PAGES) as u8).step_by(2) {
-                let (asid, va, shift) = address(PageNumber { space, page });
-                self.enter(asid, va, shift, page % 8 != 0)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn poison(&self, frame: u64, bytes: u64) -> Result<(), Violation> {
-        // Of a large frame only the ends: writing all of it each time would be most of the work.
-        let edge = bytes.min(PAGE);
-        for at in [frame, frame + bytes - edge] {
-            self.memory.write_all_at(&self.poisoned[..edge as usize], at)?;
-        }
-        Ok(())
-    }
-
-    fn is_poisoned(&self, frame: u64, bytes: u64) -> Result<bool, Violation> {
-        let edge = bytes.min(PAGE);
-        let mut data = [0; PAGE as usize];
-        for at in [frame, frame + bytes - edge] {
-            self.memory.read_exact_at(&mut data, at)?;
-            if data[..] != self.poisoned[..PAGE as usize] {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
-    fn enter(&mut self, asid: u32, va: u64, shift: u8, writable: bool) -> Result<(), Violation> {
-        let Some(frame) = self.free.get_mut(&shift).and_then(Vec::pop) else {
-            return Ok(());
-        };
-        if !self.is_poisoned(frame, 1 << shift)? {
-            return violation(format!("frame {frame:#x} was written after it had been given up"));
-        }
-        self.memory.write_all_at(&[0; PAGE as usize], frame)?;
-        let pte = Pte {
-            frame,
-            writable,
-            shift,
-        };
-        self.pages.insert((asid, va), pte);
-        Ok(())
-    }
-
-    fn give_up(&mut self, asid: u32, va: u64) -> Result<(), Violation> {
-        if let Some(pte) = self.pages.remove(&(asid, va)) {
-            self.poison(pte.frame, pte.bytes())?;
-            // First in, first out: a late write has time to come.
-            self.free.entry(pte.shift).or_default().insert(0, pte.frame);
-        }
-        Ok(())
-    }
-
-    fn frames_are_intact(&self) -> Result<(), Violation> {
-        for (shift, frames) in &self.free {
-            for frame in frames {
-                if !self.is_poisoned(*frame, 1 << shift)? {
-                    return violation(format!("frame {frame:#x} was written after it had been given up"));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn page_of(&self, asid: u32, va: u64) -> Option<(u64, Pte)> {
-        let (&(_, base), &pte) = self.pages.range((asid, 0)..=(asid, va)).next_back()?;
-        (va < base + pte.bytes()).then_some((base, pte))
     }
 
     fn tlbs(&self) -> impl Iterator<Item = Vec<device::atc::EntryDump>> + '_ {
@@ -492,24 +409,6 @@ impl GruUnderTest {
             asid: miss.asid,
             va: miss.va,
             pte,
-        }
-    }
-
-    /// The device has forgotten the page.
-    fn change(&mut self, asid: u32, va: u64, shift: u8, to: Change) -> Result<(), Violation> {
-        match to {
-            Change::Protect => {
-                if let Some(pte) = self.pages.get_mut(&(asid, va)) {
-                    pte.writable = !pte.writable;
-                }
-                Ok(())
-            }
-            Change::Drop => self.give_up(asid, va),
-            Change::Move => {
-                let writable = self.pages.get(&(asid, va)).is_none_or(|pte| pte.writable);
-                self.give_up(asid, va)?;
-                self.enter(asid, va, shift, writable)
-            }
         }
     }
 
@@ -857,63 +756,4 @@ impl GruUnderTest {
         self.forget_software();
         Ok(())
     }
-}
-
-fn address(page: PageNumber) -> (u32, u64, u8) {
-    let asid = ASIDS[usize::from(page.space) % ASIDS.len()];
-    match u64::from(page.page) % (SMALL_PAGES + HUGE_PAGES) {
-        small if small < SMALL_PAGES => (asid, SMALL_VA + small * PAGE, 12),
-        huge => (asid, HUGE_VA + (huge - SMALL_PAGES) * HUGE, 21),
-    }
-}
-
-fn place_of(context: ContextNumber) -> (usize, usize) {
-    let number = usize::from(context.0);
-    // Mostly chiplet 0.
-    (usize::from(number >= 192), number % CONTEXTS)
-}
-
-fn cb_at(chiplet: usize, context: usize, cb: u64) -> u64 {
-    chiplet as u64 * map::CHIPLET_SIZE + context as u64 * map::GSEG_STRIDE + cb * map::HANDLE_STRIDE
-}
-
-fn ds_at(chiplet: usize, context: usize) -> u64 {
-    chiplet as u64 * map::CHIPLET_SIZE + context as u64 * map::GSEG_STRIDE + map::GSEG_DS
-}
-
-fn cch_at(chiplet: usize, context: usize) -> u64 {
-    chiplet as u64 * map::CHIPLET_SIZE + map::CCH + context as u64 * map::HANDLE_STRIDE
-}
-
-fn tfh_at(chiplet: usize, cbr: usize) -> u64 {
-    chiplet as u64 * map::CHIPLET_SIZE + map::TFH + cbr as u64 * map::HANDLE_STRIDE
-}
-
-fn offset_of(place: Place) -> (RegionIndex, u64) {
-    let handle =
-        |base: u64, number: u64, word: u8| base + number * map::HANDLE_STRIDE + 8 * u64::from(word % 8);
-    let operand = |word: u8| 1 + word % 7;
-    let offset = match place {
-        Place::Cb(context, cb, word) => {
-            let (chiplet, number) = place_of(context);
-            cb_at(chiplet, number, u64::from(cb) % 16) + u64::from(word % 128)
-        }
-        Place::Segment(context, at) => {
-            let (chiplet, number) = place_of(context);
-            ds_at(chiplet, number) + u64::from(at)
-        }
-        Place::Cbe(cbr, word) => handle(map::CBE, u64::from(cbr) % CBRS as u64, word),
-        Place::TfhOperand(cbr, word) => handle(map::TFH, u64::from(cbr) % CBRS as u64, operand(word)),
-        Place::TghOperand(number, word) => {
-            handle(map::TGH, u64::from(number) % map::TGHS as u64, operand(word))
-        }
-        Place::Tfm(number, word) => handle(map::TFM, u64::from(number) % map::TFMS as u64, word),
-        Place::Cch(context, word) => {
-            let (chiplet, number) = place_of(context);
-            cch_at(chiplet, number) + 8 * u64::from(word % 8)
-        }
-        Place::Hole(at) => map::MCS_END - 64 + u64::from(at) % (map::CHIPLET_SIZE - map::MCS_END),
-        Place::Doorbell(at) => return (RegionIndex(pci::BAR_DOORBELL as u32), u64::from(at)),
-    };
-    (RegionIndex(pci::BAR_CHIPLETS as u32), offset)
 }
