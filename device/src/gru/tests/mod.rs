@@ -6,8 +6,10 @@
 mod contexts;
 mod engines;
 mod instructions;
+mod messages;
 mod misses;
 mod purges;
+mod registered;
 mod scribble;
 mod trapped;
 mod windows;
@@ -24,7 +26,7 @@ use protos::gru::cb::{Instruction, Status};
 use protos::gru::{HandleStatus, cb, cbe, cch, map, page_size, pci, tfh, tgh};
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::{Doorbell, Gru, GruConfig};
+use super::{BstoreSource, Doorbell, Gru, GruConfig};
 use crate::dma::{Prot, Space};
 use crate::model::{Model, ModelContext};
 use crate::pci::Interrupts;
