@@ -72,7 +72,7 @@ fn config(args: &DeviceArgs) -> GruConfig {
         Some(DeviceFault::Drain) => faults.drain_delay = Some(FaultPlan::DRAIN_EVERY),
         None => {}
     }
-    GruConfig {
+    let mut config = GruConfig {
         doorbell: match args.doorbell {
             Doorbell::Trap => ::device::gru::Doorbell::Trap,
             Doorbell::Poll => ::device::gru::Doorbell::Poll,
@@ -81,5 +81,7 @@ fn config(args: &DeviceArgs) -> GruConfig {
         broken,
         faults,
         ..GruConfig::default()
-    }
+    };
+    args.gru.apply(&mut config);
+    config
 }

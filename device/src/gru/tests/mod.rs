@@ -5,9 +5,11 @@
 
 mod contexts;
 mod engines;
+mod injected;
 mod instructions;
 mod messages;
 mod misses;
+mod options;
 mod purges;
 mod registered;
 mod scribble;
