@@ -7,6 +7,7 @@ mod contexts;
 mod engines;
 mod injected;
 mod instructions;
+mod interruptions;
 mod messages;
 mod misses;
 mod options;
