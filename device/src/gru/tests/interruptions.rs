@@ -469,6 +469,8 @@ fn test_cbe_when_interrupt_waits_for_a_fault_map_miss_says_so() {
             (nomad.cch().status() == HandleStatus::IDLE).then_some(())
         });
         assert_eq!(nomad.cbrstate(0), State::INTERRUPTED);
+        let status = cbe::Status::from_bits(nomad.trapped(nomad.at.cbe(0) + cbe::STATE));
+        assert_ne!(status.cbrexecstatus() & cbe::execstatus::INT_OCC, 0);
         nomad.command(Opc::START);
         rig.until("the load", || {
             (nomad.ended(0) == Some(Status::IDLE)).then_some(())
