@@ -263,7 +263,7 @@ impl Hardware {
     /// While an INTERRUPT waits: what each CBR keeps it waiting with.
     fn show_busy(&self, chiplet: &Chiplet, context: &Context) {
         for cbr in physical_cbrs(context) {
-            // An engine that is at it says by itself what has become of it.
+            // Somebody looks at it right now: the next try shows it.
             let Some(_held) = chiplet.cbrs[cbr].try_lock() else {
                 continue;
             };

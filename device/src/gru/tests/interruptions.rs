@@ -461,9 +461,12 @@ fn test_cbe_when_interrupt_waits_for_a_fault_map_miss_says_so() {
             nomad.at.cch(),
             control.with_status(HandleStatus::ACTIVE).into_bits(),
         );
-        nomad.purge(VA + PAGE);
-        assert_eq!(nomad.cch().status(), HandleStatus::ACTIVE);
-        assert_eq!(nomad.cbrstate(0), State::BUSY_INTERRUPT_MISS_FMM);
+        rig.until("the busy state", || {
+            // Each look of an engine tries the command again.
+            nomad.purge(VA + PAGE);
+            assert_eq!(nomad.cch().status(), HandleStatus::ACTIVE);
+            (nomad.cbrstate(0) == State::BUSY_INTERRUPT_MISS_FMM).then_some(())
+        });
         nomad.serve();
         rig.until("the interrupt", || {
             (nomad.cch().status() == HandleStatus::IDLE).then_some(())
