@@ -219,16 +219,16 @@ impl Hardware {
     fn restart(&self, chiplet: &Chiplet, owner: (usize, usize), cbr: usize, held: &mut CbrState) {
         let context = &chiplet.contexts[owner.0];
         let was_user_polling = chiplet.cbrs[cbr].phase() == Phase::MissUpm;
-        // The TFH is answered before the CBR can run: it may miss again and report it there.
-        self.answer(chiplet, cbr, HandleStatus::IDLE, State::IDLE);
-        if was_user_polling {
-            self.set_istatus(chiplet, owner.0, owner.1, cb::Status::ACTIVE);
-        }
         // A context that is stopped (or being stopped) does not run it: what is saved now goes on after a START.
         if context.is_open() {
             self.set_cbrstate(chiplet, cbr, cbe::State::QUEUED);
         } else {
             self.set_interrupted(chiplet, cbr, cbe::State::INTERRUPTED);
+        }
+        // The TFH is answered before the CBR can run: it may miss again and report it there.
+        self.answer(chiplet, cbr, HandleStatus::IDLE, State::IDLE);
+        if was_user_polling {
+            self.set_istatus(chiplet, owner.0, owner.1, cb::Status::ACTIVE);
         }
         if self.injector.strikes(Injection::DelayedRestart).is_some() {
             let margin = u64::try_from(self.config.faults.margin.as_nanos()).unwrap_or(u64::MAX);

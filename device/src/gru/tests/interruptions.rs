@@ -126,13 +126,17 @@ impl Nomad {
 
     /// Waits for the answer, serving misses meanwhile: an INTERRUPT waits for them.
     fn command(&self, opc: Opc) {
+        self.command_while(opc, || drop(self.serve()));
+    }
+
+    fn command_while(&self, opc: Opc, wait: impl Fn()) {
         let control = self.cch().with_opc(opc).with_cmd(true);
         let control = control.with_status(HandleStatus::ACTIVE);
         self.rig.trap_store(self.at.cch(), control.into_bits());
         let control = self.rig.until("a CCH answer", || {
             let control = self.cch();
             if control.status() == HandleStatus::ACTIVE {
-                self.serve();
+                wait();
                 return None;
             }
             Some(control)
@@ -492,7 +496,7 @@ fn test_tfh_when_context_is_interrupted_is_still_answered() {
         rig.until("the miss", || {
             (rig.tfh(2).state() == tfh::State::MISS_UPM).then_some(())
         });
-        nomad.command(Opc::INTERRUPT);
+        nomad.command_while(Opc::INTERRUPT, || {});
         assert_eq!(nomad.cbrstate(0), State::INTERRUPTED_MISS_UPM);
         assert_eq!(nomad.serve(), 1);
         assert_eq!(rig.tfh_wait(2), HandleStatus::IDLE);
