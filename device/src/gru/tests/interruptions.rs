@@ -126,7 +126,9 @@ impl Nomad {
 
     /// Waits for the answer, serving misses meanwhile: an INTERRUPT waits for them.
     fn command(&self, opc: Opc) {
-        self.command_while(opc, || drop(self.serve()));
+        self.command_while(opc, || {
+            self.serve();
+        });
     }
 
     fn command_while(&self, opc: Opc, wait: impl Fn()) {
@@ -349,8 +351,12 @@ fn journey(doorbell: Doorbell, mode: Mode, seed: u64) -> Vec<State> {
             2 => nomad.update(),
             3 => nomad.purge(va(dice.roll(MEMORY / PAGE) * PAGE)),
             4 => nomad.purge(va(QUEUE)),
-            5..8 => drop(nomad.serve()),
-            _ => drop(done(&nomad, true)),
+            5..8 => {
+                nomad.serve();
+            }
+            _ => {
+                done(&nomad, true);
+            }
         }
     }
     rig.until("everything", || {
