@@ -77,7 +77,7 @@ fn config(args: &DeviceArgs) -> GruConfig {
         Some(DeviceFault::Drain) => faults.drain_delay = Some(FaultPlan::DRAIN_EVERY),
         None => {}
     }
-    GruConfig {
+    let mut config = GruConfig {
         doorbell: match args.doorbell {
             Doorbell::Trap => ::device::gru::Doorbell::Trap,
             Doorbell::Poll => ::device::gru::Doorbell::Poll,
@@ -86,5 +86,7 @@ fn config(args: &DeviceArgs) -> GruConfig {
         broken,
         faults,
         ..GruConfig::default()
-    }
+    };
+    args.gru.apply(&mut config);
+    config
 }

@@ -11,10 +11,8 @@
 //! CBE and CCH are trapped in both.
 //!
 //! # What is not implemented
-//! * MESQ, GAMXR, GAMIRR, GAMERR, BSTORE, VFLUSH, and the extended codes CADD, QCHK1, QCHK2, DECZ, EPOLL, NPOLL: they
-//!   end with INVALID_INSTRUCTION.
-//! * Unmapped mode (ima bit 1): UNMAPPED_MODE_FORBIDDEN, or EXECUTION_HW_ERROR in a context with unmap_enable.
-//! * Address classes other than RAM: IAA_GAA_MISMATCH. Page sizes above 1 GiB: TLBHW_ERROR.
+//! * Address classes other than RAM: IAA_GAA_MISMATCH, or ADDRESS_SPACE_DECODE_ERROR where both sides say the same.
+//!   Page sizes above 1 GiB: TLBHW_ERROR.
 //! * `indexway`, `tlb_fault_color`, `req_slice`, the error causes of TGH; exact-size matching of purges
 //!   (overlap always), response delay (ima bit 0: ignored).
 
@@ -39,12 +37,12 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use protos::gru::{map, pci, tfh as tfh_words};
+use protos::gru::{cbe, cch as cch_words, map, pci, tfh as tfh_words};
 
 use crate::atc::{self, Atc, AtcConfig};
-use crate::faults::{BreakPlan, FaultPlan, HeldFills, Parking};
+use crate::faults::{BreakPlan, FaultPlan, HeldFills, Injector, Parking};
 use crate::model::{AccessError, BarMmap, BarSpec, Identity, IoEventFd, Model, ModelContext, MsixSpec};
 
 pub use dump::GruStats;
@@ -73,6 +71,47 @@ pub enum IndexUnit {
     Elements,
 }
 
+/// What BSTORE stores (section 16.6: the driver's header names a source address and a data segment offset).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum BstoreSource {
+    /// The data segment at tri0; baddr0 is not looked at.
+    #[default]
+    Segment,
+    /// Memory at baddr0: BCOPY without a buffer.
+    Memory,
+}
+
+/// What a ranged TLBINV removes (section 16.3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PurgeMatch {
+    /// Every entry whose span meets the range, whatever its size. The kernel driver needs it: it always flushes with the
+    /// 4 KiB code.
+    #[default]
+    Overlap,
+    /// Only entries of the command's page size. Shows that driver's entries of huge pages go stale. Outstanding misses are
+    /// killed by overlap all the same.
+    Exact,
+}
+
+/// Bits of an address that select asid\[\] and sizeavail\[\] (section 16.4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Regions {
+    /// Three: all of asid\[8\] is used. The same as two for addresses below 2^61.
+    #[default]
+    Three,
+    /// Two: what the kernel driver's arithmetic comes to.
+    Two,
+}
+
+impl Regions {
+    fn of(self, va: u64) -> usize {
+        match self {
+            Self::Three => cch_words::region_of(va),
+            Self::Two => cch_words::region_of(va) & 3,
+        }
+    }
+}
+
 /// How the model is built. Open points of the hardware (section 16) are options here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GruConfig {
@@ -90,6 +129,14 @@ pub struct GruConfig {
     pub store_miss_cause: tfh_words::Cause,
     /// Unit of index vectors (16.6).
     pub index_unit: IndexUnit,
+    /// What BSTORE stores (16.6).
+    pub bstore_source: BstoreSource,
+    /// What a ranged TLBINV removes (16.3).
+    pub purge_match: PurgeMatch,
+    /// Address regions (16.4).
+    pub regions: Regions,
+    /// Bit of ecause after a miss that was answered with EXCEPTION (16.5), 0 to 19. Default: 6, OS_FATAL_TLB_FAULT.
+    pub fatal_fault_ecause: u8,
     /// Refuse fills whose page-size code the context's sizeavail does not list.
     pub check_sizeavail: bool,
     /// Checks that are switched off, to show what they are for.
@@ -109,6 +156,10 @@ impl Default for GruConfig {
             tlb_ways: 4,
             store_miss_cause: tfh_words::Cause::TLB_MOD,
             index_unit: IndexUnit::Bytes,
+            bstore_source: BstoreSource::Segment,
+            purge_match: PurgeMatch::Overlap,
+            regions: Regions::Three,
+            fatal_fault_ecause: cbe::ecause::OS_FATAL_TLB_FAULT.trailing_zeros() as u8,
             check_sizeavail: true,
             broken: BreakPlan::default(),
             faults: FaultPlan::default(),
@@ -128,6 +179,17 @@ pub enum GruError {
     /// Number of engines.
     #[error("{0} engine threads: give 1 to {MAX_ENGINES}")]
     Engines(usize),
+    /// Not a bit of ecause.
+    #[error("ecause bit {0} after a fatal fault: give 0 to 19")]
+    EcauseBit(u8),
+    /// Sets or ways of the TLB.
+    #[error("a TLB of {sets} sets and {ways} ways: give 1 to 65536 sets (a power of two) and 1 to 255 ways")]
+    Tlb {
+        /// Sets.
+        sets: usize,
+        /// Ways.
+        ways: usize,
+    },
     /// A plan that parks an engine inside an access.
     #[error("drain-delay parks an engine: give at least 2 engine threads")]
     ParkingNeedsTwoEngines,
@@ -145,6 +207,7 @@ pub enum GruError {
 struct Counters {
     instructions: Count,
     exceptions: Count,
+    messages_refused: Count,
     misses: Count,
     fills: Count,
     fills_killed: Count,
@@ -166,6 +229,13 @@ impl Gru {
     pub fn new(context: ModelContext, config: GruConfig) -> Result<Arc<Self>, GruError> {
         if config.engines == 0 || config.engines > MAX_ENGINES {
             return Err(GruError::Engines(config.engines));
+        }
+        if config.fatal_fault_ecause > 19 {
+            return Err(GruError::EcauseBit(config.fatal_fault_ecause));
+        }
+        let (sets, ways) = (config.tlb_sets, config.tlb_ways);
+        if !sets.is_power_of_two() || sets > 65536 || ways == 0 || ways > 255 {
+            return Err(GruError::Tlb { sets, ways });
         }
         let plan = config.faults.with_windows_of(config.broken);
         if plan.drain_delay.is_some() && config.engines < 2 {
@@ -212,6 +282,11 @@ impl Gru {
             wake,
             chiplets,
             interrupts: context.interrupts,
+            dma: context.dma,
+            exchanging: AtomicBool::new(false),
+            injector: Injector::new(plan.inject, plan.seed),
+            started: Instant::now(),
+            time_kept: AtomicBool::new(false),
             held_fills: HeldFills::new(&plan),
             parking,
             trapped: trapped::Trapped::default(),

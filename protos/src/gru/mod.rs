@@ -11,6 +11,7 @@ pub mod cb;
 pub mod cbe;
 pub mod cch;
 pub mod map;
+pub mod message_queue;
 pub mod page_size;
 pub mod pci;
 pub mod tfh;

@@ -3,11 +3,17 @@
 //! [`Rig`] stores and loads words the way a client does (by trap, or directly in the mapped memory) and
 //! serves misses from a page table that the test sets up.
 
+mod completions;
 mod contexts;
 mod engines;
+mod injected;
 mod instructions;
+mod interruptions;
+mod messages;
 mod misses;
+mod options;
 mod purges;
+mod registered;
 mod scribble;
 mod trapped;
 mod windows;
@@ -24,7 +30,7 @@ use protos::gru::cb::{Instruction, Status};
 use protos::gru::{HandleStatus, cb, cbe, cch, map, page_size, pci, tfh, tgh};
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::{Doorbell, Gru, GruConfig};
+use super::{BstoreSource, Doorbell, Gru, GruConfig};
 use crate::dma::{Prot, Space};
 use crate::model::{Model, ModelContext};
 use crate::pci::Interrupts;
