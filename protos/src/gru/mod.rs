@@ -10,6 +10,7 @@
 pub mod cb;
 pub mod cbe;
 pub mod cch;
+pub mod doorbell;
 pub mod map;
 pub mod page_size;
 pub mod pci;
