@@ -12,10 +12,8 @@
 //! in all modes. CBE and CCH are trapped in all of them, TFH unless [`GruConfig::map_tfh`] says otherwise.
 //!
 //! # What is not implemented
-//! * MESQ, GAMXR, GAMIRR, GAMERR, BSTORE, VFLUSH, and the extended codes CADD, QCHK1, QCHK2, DECZ, EPOLL, NPOLL: they
-//!   end with INVALID_INSTRUCTION.
-//! * Unmapped mode (ima bit 1): UNMAPPED_MODE_FORBIDDEN, or EXECUTION_HW_ERROR in a context with unmap_enable.
-//! * Address classes other than RAM: IAA_GAA_MISMATCH. Page sizes above 1 GiB: TLBHW_ERROR.
+//! * Address classes other than RAM: IAA_GAA_MISMATCH, or ADDRESS_SPACE_DECODE_ERROR where both sides say the same.
+//!   Page sizes above 1 GiB: TLBHW_ERROR.
 //! * `indexway`, `tlb_fault_color`, `req_slice`, the error causes of TGH; exact-size matching of purges
 //!   (overlap always), response delay (ima bit 0: ignored).
 
@@ -40,12 +38,12 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use protos::gru::{map, pci, tfh as tfh_words};
 
 use crate::atc::{self, Atc, AtcConfig};
-use crate::faults::{BreakPlan, FaultPlan, HeldFills, Parking};
+use crate::faults::{BreakPlan, FaultPlan, HeldFills, Injector, Parking};
 use crate::model::{AccessError, BarMmap, BarSpec, Identity, IoEventFd, Model, ModelContext, MsixSpec};
 
 pub use dump::GruStats;
@@ -78,6 +76,16 @@ pub enum IndexUnit {
     Elements,
 }
 
+/// What BSTORE stores (section 16.6: the driver's header names a source address and a data segment offset).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum BstoreSource {
+    /// The data segment at tri0; baddr0 is not looked at.
+    #[default]
+    Segment,
+    /// Memory at baddr0: BCOPY without a buffer.
+    Memory,
+}
+
 /// How the model is built. Open points of the hardware (section 16) are options here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GruConfig {
@@ -99,6 +107,8 @@ pub struct GruConfig {
     pub store_miss_cause: tfh_words::Cause,
     /// Unit of index vectors (16.6).
     pub index_unit: IndexUnit,
+    /// What BSTORE stores (16.6).
+    pub bstore_source: BstoreSource,
     /// Refuse fills whose page-size code the context's sizeavail does not list.
     pub check_sizeavail: bool,
     /// Checks that are switched off, to show what they are for.
@@ -119,6 +129,7 @@ impl Default for GruConfig {
             tlb_ways: 4,
             store_miss_cause: tfh_words::Cause::TLB_MOD,
             index_unit: IndexUnit::Bytes,
+            bstore_source: BstoreSource::Segment,
             check_sizeavail: true,
             broken: BreakPlan::default(),
             faults: FaultPlan::default(),
@@ -152,6 +163,7 @@ pub enum GruError {
 struct Counters {
     instructions: Count,
     exceptions: Count,
+    messages_refused: Count,
     misses: Count,
     fills: Count,
     fills_killed: Count,
@@ -220,6 +232,11 @@ impl Gru {
             wake,
             chiplets,
             interrupts: context.interrupts,
+            dma: context.dma,
+            exchanging: AtomicBool::new(false),
+            injector: Injector::new(plan.inject, plan.seed),
+            started: Instant::now(),
+            time_kept: AtomicBool::new(false),
             held_fills: HeldFills::new(&plan),
             parking,
             trapped: trapped::Trapped::default(),

@@ -373,7 +373,7 @@ fn test_exceptions_when_instruction_is_wrong_name_the_cause() {
         let bytes = 8192;
         let cases = [
             (
-                with(&|i| i.control = i.control.with_opc(Opc::MESQ)),
+                with(&|i| i.control = i.control.with_opc(Opc(0x10))),
                 ecause::INVALID_INSTRUCTION,
             ),
             (
