@@ -36,6 +36,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "tlbridge-host",
         ],
     ),
+    ("tlbridge-guest-tests", &["tlbridge-protos"]),
     ("xtask", &[]),
 ];
 
