@@ -67,6 +67,8 @@ pub struct Shape {
     pub misses: Misses,
     /// Pages that the driver may fill beyond a missing one (BCOPY).
     pub preload: u8,
+    /// The chiplet that it has to be on, if any.
+    pub chiplet: Option<u8>,
 }
 
 impl Default for Shape {
@@ -76,6 +78,7 @@ impl Default for Shape {
             ds: 4096,
             misses: Misses::Interrupt,
             preload: 0,
+            chiplet: None,
         }
     }
 }
@@ -103,8 +106,8 @@ struct ContextOption {
 pub enum Set {
     /// This process is the owner.
     Owner,
-    /// Chiplet of the blade, or none in particular.
-    Chiplet(Option<u8>),
+    /// The chiplet that it has to be on.
+    Chiplet(u8),
 }
 
 /// Why an instruction ended in an exception.
@@ -351,7 +354,7 @@ impl Gru {
     pub fn set(&self, at: u64, set: Set) -> rustix::io::Result<()> {
         let (op, val0, val1) = match set {
             Set::Owner => (0, 0, 0),
-            Set::Chiplet(chiplet) => (2, chiplet.map_or(-1, i32::from), -1),
+            Set::Chiplet(chiplet) => (2, i32::from(chiplet), -1),
         };
         let mut request = ContextOption {
             gseg: at,
@@ -378,6 +381,9 @@ impl Gru {
         self.create(va, shape)
             .with_context(|| format!("GRU_CREATE_CONTEXT of {shape:?}"))?;
         self.set(va, Set::Owner).context("GRU_SET_CONTEXT_OPTION")?;
+        if let Some(chiplet) = shape.chiplet {
+            self.set(va, Set::Chiplet(chiplet)).context("GRU_SET_CONTEXT_OPTION: chiplet")?;
+        }
         Ok(gseg)
     }
 }
@@ -527,14 +533,6 @@ impl Gseg<'_> {
     pub fn flush(&self, va: u64, len: usize) -> rustix::io::Result<()> {
         let gseg = self.va();
         self.gru.call(FLUSH_TLB, &mut FlushTlb { gseg, va, len }).map(drop)
-    }
-
-    /// Sets an option.
-    ///
-    /// # Errors
-    /// The driver refuses.
-    pub fn set(&self, set: Set) -> rustix::io::Result<()> {
-        self.gru.set(self.va(), set)
     }
 
     /// Its counters.

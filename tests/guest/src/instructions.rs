@@ -23,12 +23,13 @@ const DS: usize = 8192;
 
 pub fn run(gru: &Gru, ways: &[Misses], rounds: u64, seed: u64) -> Outcome {
     let mut count = 0;
-    for &misses in ways {
+    for (number, &misses) in ways.iter().enumerate() {
         let gseg = gru.context(Shape {
             cbs: 4,
             ds: DS as u32,
             misses,
             preload: 2,
+            chiplet: Some(number as u8 % 2),
         })?;
         for round in 0..rounds {
             let mut bench = Bench {

@@ -63,6 +63,11 @@ pub fn run(gru: &Gru, kind: Kind, misses: Misses, rounds: u64, seed: u64) -> Res
         });
         let mut strike = || -> Result<()> {
             for round in 0..rounds {
+                // While a copy runs, one after the other.
+                let begun = pages.begun();
+                while pages.begun() == begun && !stop.load(Ordering::Acquire) {
+                    std::thread::yield_now();
+                }
                 if stop.load(Ordering::Acquire) {
                     break;
                 }
@@ -132,8 +137,9 @@ impl<'a> Storm<'a> {
             }
             Kind::Memcg => {
                 let group = PathBuf::from("/sys/fs/cgroup/gru-guest");
-                fs::create_dir_all(&group)
-                    .with_context(|| format!("{}: is cgroup2 mounted there?", group.display()))?;
+                fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+memory")
+                    .context("the memory controller: is cgroup2 mounted on /sys/fs/cgroup?")?;
+                fs::create_dir_all(&group).with_context(|| group.display().to_string())?;
                 fs::write(group.join("cgroup.procs"), std::process::id().to_string())
                     .context("moving into the cgroup")?;
                 storm.cgroup = Some(group);

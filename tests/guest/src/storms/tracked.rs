@@ -38,6 +38,8 @@ pub struct Pages<'a> {
     region: &'a Region,
     pages: Vec<Page>,
     rules: Rules,
+    /// Copies that were started.
+    begun: AtomicU64,
 }
 
 /// What the loads have found.
@@ -62,11 +64,18 @@ impl<'a> Pages<'a> {
             region,
             pages: pages.collect(),
             rules,
+            begun: AtomicU64::new(0),
         };
         for page in 0..pages.pages.len() {
             pages.change(page, || Ok(())).expect("nothing that could fail");
         }
         pages
+    }
+
+    /// Copies that were started so far.
+    #[must_use]
+    pub fn begun(&self) -> u64 {
+        self.begun.load(Ordering::SeqCst)
     }
 
     /// How many.
@@ -148,7 +157,9 @@ impl<'a> Pages<'a> {
         let from = self.region.va(self.offset(first));
         let lines = (run * PAGE / 64) as u64;
         let copy = Instruction::bcopy(from, into.va(0), 0, 16, XType::CACHE_LINE, lines);
-        let vanished = gseg.run(0, &copy)?.no_memory().with_context(|| format!("copy of page {first}"))?;
+        gseg.start(0, &copy);
+        self.begun.fetch_add(1, Ordering::SeqCst);
+        let vanished = gseg.wait(0)?.no_memory().with_context(|| format!("copy of page {first}"))?;
         let high: Vec<_> = pages.clone().map(|p| self.pages[p].started.load(Ordering::SeqCst)).collect();
         if vanished {
             ensure!(self.rules.vanish, "pages {first}+{run} were always there, and the GRU did not find them");
