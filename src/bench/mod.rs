@@ -89,7 +89,8 @@ fn measure(
             "--private-dir",
             dir,
             "--doorbell",
-            "poll"
+            "poll",
+            "--map-tfh"
         ],
     )?;
     device.expect("ready", START_LIMIT, stop)?;
