@@ -75,6 +75,8 @@ pub enum ModelName {
 pub enum Doorbell {
     /// Each access to the BARs is a message: strict, slow.
     Trap,
+    /// Control blocks and handles are mapped memory; software rings a doorbell after each start. Nothing polls.
+    Bell,
     /// Control blocks and handles are mapped memory; the engines poll while there is work and sleep on a
     /// doorbell when there is none.
     Poll,
@@ -156,6 +158,7 @@ pub struct Supervised {
 Examples:
   tlbridge demo --seconds 30 --memory-mib 256
   tlbridge demo --doorbell trap              every register access is a message
+  tlbridge demo --doorbell bell              nothing polls: each start rings
   tlbridge demo --break kill-bit --seconds 2 the oracles must find it: exit code 3
   tlbridge demo --delay kill-bit --seconds 2 the same delays with the check on: exit code 0
 
@@ -200,7 +203,8 @@ pub struct DemoArgs {
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
 Example:
-  tlbridge device --model gru --socket /run/user/1000/gru.sock")]
+  tlbridge device --model gru --socket /run/user/1000/gru.sock
+  tlbridge device --model gru --socket gru.sock --map-tfh     for tlbridge's own driver only")]
 pub struct DeviceArgs {
     /// Which device.
     #[arg(long, value_enum)]
@@ -211,9 +215,17 @@ pub struct DeviceArgs {
     /// How the device learns of a store.
     #[arg(long, value_enum, default_value_t = Doorbell::Poll)]
     pub doorbell: Doorbell,
+    /// Let the client map the TLB fault handles, too (bell and poll). Not for guests: Linux' driver starts them by a
+    /// read-modify-write that is only right where they are trapped. tlbridge's own driver saves the messages.
+    #[arg(long)]
+    pub map_tfh: bool,
     /// Engine threads.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub engines: u32,
+    /// How long an engine looks for work before it sleeps (not with bell). The default depends on the number of
+    /// CPUs.
+    #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u64).range(0..=86_400_000_000))]
+    pub spin: Option<u64>,
     /// How long to ask for the client's next message again and again before sleeping: saves the wake-up, costs
     /// a CPU meanwhile; 0 = sleep at once.
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=10_000_000))]

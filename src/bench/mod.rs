@@ -138,7 +138,8 @@ impl Run<'_> {
                 "--private-dir",
                 dir,
                 "--doorbell",
-                "poll"
+                "poll",
+                "--map-tfh"
             ],
         )?;
         device.expect("ready", START_LIMIT, stop)?;

@@ -42,6 +42,9 @@ impl Trapped {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -52,5 +55,23 @@ mod tests {
         assert_eq!(trapped.change(8, |seen| *seen), 0x1122_3300);
         trapped.clear();
         assert_eq!(trapped.change(8, |seen| *seen), 0);
+    }
+
+    /// Between a look at the word and the memory of it nobody may write: the write would clear a bit for which the
+    /// device may since have had another event, and the memory would then clear that one unseen.
+    #[test]
+    fn test_change_when_another_thread_is_looking_waits_for_it() {
+        let trapped = Trapped::default();
+        let (send, receive) = mpsc::channel();
+        std::thread::scope(|scope| {
+            let trapped = &trapped;
+            trapped.read(8, u64::MAX, || {
+                scope.spawn(move || send.send(trapped.change(8, std::mem::take)));
+                let early = receive.recv_timeout(Duration::from_millis(50));
+                assert!(early.is_err(), "a write came in between: {early:?}");
+                5
+            });
+            assert_eq!(receive.recv().unwrap(), 5);
+        });
     }
 }

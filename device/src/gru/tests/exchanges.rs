@@ -1,7 +1,8 @@
 //! Read-modify-write sequences on trapped words while the device changes them.
 //!
 //! A guest's locked operation on trapped memory is a read message and a write message. No other processor's access
-//! comes between the two (QEMU stops the others), but the device is not stopped. Here an [`Accessor`] is a processor.
+//! comes between the two (QEMU stops the others), but the device is not stopped. Here a thread on a [`Bus`] is
+//! a processor.
 
 use super::*;
 use protos::gru::cb::XType;
@@ -82,7 +83,7 @@ fn storm(exclusive: bool, widths: [usize; 2]) -> (u64, u64) {
             }
         }
     };
-    const ROUNDS: usize = 3000;
+    let rounds = 3000;
     std::thread::scope(|scope| {
         for width in widths {
             let (round, stop) = (&round, &stop);
@@ -93,8 +94,8 @@ fn storm(exclusive: bool, widths: [usize; 2]) -> (u64, u64) {
             });
         }
         let setting = scope.spawn(|| {
-            let deadline = Instant::now() + Duration::from_secs(60);
-            for number in 0..ROUNDS * BITS {
+            let deadline = Instant::now() + Duration::from_secs(30);
+            for number in 0..rounds * BITS {
                 let bit = number % BITS;
                 while set[bit].load(Ordering::SeqCst) {
                     assert!(Instant::now() < deadline, "bit {bit} was lost");
@@ -116,7 +117,7 @@ fn storm(exclusive: bool, widths: [usize; 2]) -> (u64, u64) {
     assert_eq!(bus.read(at, 8), 0, "a bit is left");
     let (taken, twice) = (taken.into_inner(), twice.into_inner());
     println!("{widths:?}: {taken} taken, {twice} seen twice");
-    assert_eq!(taken, (ROUNDS * BITS) as u64);
+    assert_eq!(taken, (rounds * BITS) as u64);
     (taken, twice)
 }
 
