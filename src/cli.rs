@@ -236,6 +236,9 @@ pub struct DeviceArgs {
     /// For experiments: open the window of a check, with the check on.
     #[arg(long, value_enum, value_name = "CHECK")]
     pub delay: Option<DeviceFault>,
+    /// Variants of the GRU.
+    #[command(flatten)]
+    pub gru: crate::gru_options::GruOptions,
     /// Supervision.
     #[command(flatten)]
     pub supervised: Supervised,

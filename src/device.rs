@@ -73,7 +73,7 @@ fn config(args: &DeviceArgs) -> GruConfig {
         None => {}
     }
     let standard = GruConfig::default();
-    GruConfig {
+    let mut config = GruConfig {
         doorbell: match args.doorbell {
             Doorbell::Trap => ::device::gru::Doorbell::Trap,
             Doorbell::Bell => ::device::gru::Doorbell::Bell,
@@ -85,5 +85,7 @@ fn config(args: &DeviceArgs) -> GruConfig {
         broken,
         faults,
         ..standard
-    }
+    };
+    args.gru.apply(&mut config);
+    config
 }

@@ -8,6 +8,7 @@ mod cli;
 mod conformance;
 mod demo;
 mod device;
+mod gru_options;
 mod host;
 mod inspect;
 mod latency;

@@ -24,6 +24,29 @@ fn with_config(config: GruConfig, options: GruOptions, body: impl FnOnce(&Rig)) 
 
 tests::gru_bodies_in_every_mode!(super::with_device);
 
+/// Message queues on a chip that is always congested.
+mod congested {
+    use tests::gru::messages;
+
+    use super::*;
+
+    #[test]
+    fn test_message_queue_when_chip_is_congested_delivers_each_once() {
+        for doorbell in [Doorbell::Trap, Doorbell::Poll] {
+            let config = GruConfig {
+                doorbell,
+                faults: "lb-overflow=7,amo-nack=5,put-nack=3".parse().expect("a plan"),
+                ..GruConfig::default()
+            };
+            with_config(config, GruOptions::default(), |rig| {
+                messages::conformance(rig);
+                messages::two_lines(rig);
+                assert!(messages::many_senders(rig, 60) > 0, "congestion was reported");
+            });
+        }
+    }
+}
+
 /// The oracles see what they are for: with a check of the device switched off, and its window held open, the same
 /// bodies fail; with the window held open and the check on, they do not.
 mod broken {

@@ -231,8 +231,18 @@ impl Atc {
     /// # Panics
     /// When this thread holds a guard.
     pub fn purge_begin(&self, what: Purge) -> PurgeToken {
+        self.purge_begin_of_size(what, None)
+    }
+
+    /// As [`Atc::purge_begin`] for a device whose purges may leave entries of another size than `only` alone. Outstanding
+    /// misses are killed by overlap all the same, and memory that goes away takes every entry with it.
+    ///
+    /// # Panics
+    /// As [`Atc::purge_begin`].
+    pub fn purge_begin_of_size(&self, what: Purge, only: Option<PageSize>) -> PurgeToken {
         assert_no_guard("a purge was started");
-        let begun = self.core.begin(Reach::from(what));
+        let only = only.map(PageSize::shift);
+        let begun = self.core.begin_of_size(Reach::from(what), only);
         if let Some(hooks) = self.hooks.get() {
             hooks.purge_begun(&what);
         }

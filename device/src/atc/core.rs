@@ -82,6 +82,8 @@ struct Sweep {
     keep: Option<usize>,
     /// Every entry that meets the range; else only those that begin in it (a fault to inject).
     overlap: bool,
+    /// Only entries of this shift.
+    only: Option<u8>,
 }
 
 /// Slots, tickets, purges and engines.
@@ -353,6 +355,7 @@ impl Core {
         let sweep = Sweep {
             keep: same,
             overlap: true,
+            only: None,
         };
         self.clear(state, reach, sweep);
         let slot = same.unwrap_or_else(|| self.victim(state, set));
@@ -405,7 +408,13 @@ impl Core {
     // ---- purges ----
 
     /// Become active, widen the misses, clear the entries.
+    #[cfg(all(test, loom))]
     pub(super) fn begin(&self, reach: Reach) -> Begun {
+        self.begin_of_size(reach, None)
+    }
+
+    /// As the head says; only entries of shift `only` are cleared, if given. Misses are widened by overlap in any case.
+    pub(super) fn begin_of_size(&self, reach: Reach, only: Option<u8>) -> Begun {
         let mut state = self.state.lock();
         let place = state.active.iter().position(Option::is_none);
         match place {
@@ -422,6 +431,7 @@ impl Core {
             let sweep = Sweep {
                 keep: None,
                 overlap: self.checks.overlap,
+                only: only.filter(|_| !reach.frees_memory()),
             };
             self.clear(&mut state, reach, sweep)
         } else {
@@ -557,6 +567,9 @@ impl Core {
         let Some(entry) = self.slots[slot].entry() else {
             return false;
         };
+        if sweep.only.is_some_and(|shift| shift != entry.shift) {
+            return false;
+        }
         let mut va = entry.span();
         if !sweep.overlap {
             va.last = va.first;

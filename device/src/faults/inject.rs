@@ -114,11 +114,6 @@ impl Injector {
             .then(|| self.injected[kind as usize].fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Whether occasions of this kind can go wrong.
-    pub(crate) fn plans(&self, kind: Injection) -> bool {
-        self.pick[kind as usize].is_some()
-    }
-
     /// All of them together.
     pub(crate) fn count(&self) -> u64 {
         self.injected
@@ -149,7 +144,6 @@ mod tests {
             .collect();
         assert_eq!(struck, [0, 1, 2]);
         assert_eq!(injector.strikes(Injection::AmoNack), None);
-        assert!(injector.plans(Injection::PutNack) && !injector.plans(Injection::AmoNack));
         assert_eq!(injector.count(), 3);
     }
 }

@@ -128,6 +128,7 @@ impl Hardware {
             store_miss: self.config.store_miss_cause,
             index_unit: self.config.index_unit,
             bstore_source: self.config.bstore_source,
+            regions: self.config.regions,
             dma: &self.dma,
             unmapped: false,
             exchanging: &self.exchanging,
@@ -256,9 +257,12 @@ impl Hardware {
             .with_cbrexecstatus(execstatus::EXCEPTION);
         word.store(status.into_bits(), Ordering::Release);
         self.counters.exceptions.bump();
-        if cause == ecause::OS_FATAL_TLB_FAULT {
-            tracing::debug!(chiplet = chiplet.index, cbr, "miss answered with EXCEPTION");
-        }
+        tracing::debug!(
+            chiplet = chiplet.index,
+            cbr,
+            cause,
+            "miss answered with an exception"
+        );
         self.finish(
             chiplet,
             &chiplet.contexts[owner.0],

@@ -3,6 +3,10 @@
 //! `INACTIVE -ALLOCATE-> MAPPED -START-> ACTIVE -INTERRUPT-> INTERRUPTED -START-> ACTIVE` and
 //! `MAPPED|INTERRUPTED -DEALLOCATE-> INACTIVE`; every other pair is answered with EXCEPTION and its cause.
 //!
+//! Decided here, as nothing but their names is known: REGION_REGISTER_WRITE_ERROR is a START with an asid of more than 24
+//! bits; CBR_DEALLOCATION_ERROR a DEALLOCATE with another cbr_allocation_map than the one that was allocated;
+//! BAD_TFM_CONFIG tlb_int_enable without tfm_fault_bit_enable.
+//!
 //! Commands run on the thread that stores them, because CCHs are always trapped. That thread does not wait:
 //! what cannot be finished at once (INTERRUPT while an engine is inside the context or a fault-map miss is
 //! unserved) stays ACTIVE and is finished by an engine.
@@ -135,6 +139,9 @@ impl Hardware {
                 if bad_fault_map_configuration(command) {
                     return Outcome::Refused(Cause::BAD_TFM_CONFIG);
                 }
+                if self.bad_region_registers(chiplet, number) {
+                    return Outcome::Refused(Cause::REGION_REGISTER_WRITE_ERROR);
+                }
                 let Some(mut cbrs) = lock_cbrs(chiplet, context) else {
                     return Outcome::NotYet;
                 };
@@ -153,6 +160,7 @@ impl Hardware {
                 chiplet.active.fetch_and(!(1 << number), Ordering::SeqCst);
                 context.set_open(false);
                 if !context.is_quiet() {
+                    self.show_busy(chiplet, context);
                     return Outcome::NotYet;
                 }
                 let Some(cbrs) = lock_cbrs(chiplet, context) else {
@@ -173,6 +181,9 @@ impl Hardware {
             }
             (Opc::INTERRUPT | Opc::INTERRUPT_SYNC, _) => Outcome::Refused(Cause::INVALID_INTERRUPT),
             (Opc::DEALLOCATE, State::MAPPED | State::INTERRUPTED) => {
+                if self.cbr_map_word(chiplet, number) != context.cbr_map.load(Ordering::Relaxed) {
+                    return Outcome::Refused(Cause::CBR_DEALLOCATION_ERROR);
+                }
                 let Some(mut cbrs) = lock_cbrs(chiplet, context) else {
                     return Outcome::NotYet;
                 };
@@ -198,10 +209,7 @@ impl Hardware {
     }
 
     fn allocate(&self, chiplet: &Chiplet, number: usize, command: Control) -> Outcome {
-        let cbr_map = self
-            .memory
-            .word(chiplet.cch(number) + cch::CBR_MAP)
-            .load(Ordering::Acquire);
+        let cbr_map = self.cbr_map_word(chiplet, number);
         let dsr_map = command.dsr_allocation_map();
         if cbr_map == 0 {
             return Outcome::Refused(Cause::NO_CBRS_TO_ALLOCATE);
@@ -237,6 +245,38 @@ impl Hardware {
         chiplet.allocated.fetch_or(1 << number, Ordering::SeqCst);
         self.publish_allocation(chiplet);
         Outcome::Done
+    }
+
+    /// The allocation map as software has it in the CCH now.
+    fn cbr_map_word(&self, chiplet: &Chiplet, number: usize) -> u64 {
+        let word = self.memory.word(chiplet.cch(number) + cch::CBR_MAP);
+        word.load(Ordering::Acquire)
+    }
+
+    /// An ASID has 24 bits.
+    fn bad_region_registers(&self, chiplet: &Chiplet, number: usize) -> bool {
+        const BEYOND: u64 = 0xff00_0000_ff00_0000;
+        (0..cch::REGIONS as u64 / 2).any(|pair| {
+            let word = self.memory.word(chiplet.cch(number) + cch::ASID + 8 * pair);
+            word.load(Ordering::Acquire) & BEYOND != 0
+        })
+    }
+
+    /// While an INTERRUPT waits: what each CBR keeps it waiting with.
+    fn show_busy(&self, chiplet: &Chiplet, context: &Context) {
+        for cbr in physical_cbrs(context) {
+            // An engine that is at it says by itself what has become of it.
+            let Some(_held) = chiplet.cbrs[cbr].try_lock() else {
+                continue;
+            };
+            let state = match chiplet.cbrs[cbr].phase() {
+                Phase::Idle => continue,
+                Phase::Ready | Phase::Polling => cbe::State::BUSY_INTERRUPT,
+                Phase::MissFmm => cbe::State::BUSY_INTERRUPT_MISS_FMM,
+                Phase::MissUpm => cbe::State::BUSY_INTERRUPTED_MISS_UPM,
+            };
+            self.set_cbrstate(chiplet, cbr, state);
+        }
     }
 
     fn publish_allocation(&self, chiplet: &Chiplet) {
@@ -304,6 +344,7 @@ impl Hardware {
             chiplet.atc.close_miss(cbr);
         }
         resource.set_phase(held, Phase::Idle);
+        resource.rests_until.store(0, Ordering::Relaxed);
         self.clear_cbr_handles(chiplet, cbr);
     }
 

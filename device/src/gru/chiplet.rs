@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use protos::gru::{cch, map};
 
+use super::Regions;
 use super::cch::Configuration;
 use crate::atc::Atc;
 
@@ -152,8 +153,8 @@ impl Context {
     pub(super) fn ds_bytes(&self) -> u64 {
         u64::from(self.dsr_map.load(Ordering::Relaxed).count_ones()) * map::DSR_AU as u64
     }
-    pub(super) fn asid_of(&self, va: u64) -> u32 {
-        self.asid[cch::region_of(va)].load(Ordering::Relaxed)
+    pub(super) fn asid_of(&self, va: u64, regions: Regions) -> u32 {
+        self.asid[regions.of(va)].load(Ordering::Relaxed)
     }
     /// Back to the state after a reset.
     pub(super) fn clear(&self) {

@@ -40,7 +40,7 @@ use std::sync::{Arc, Mutex, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use protos::gru::{map, pci, tfh as tfh_words};
+use protos::gru::{cbe, cch as cch_words, map, pci, tfh as tfh_words};
 
 use crate::atc::{self, Atc, AtcConfig};
 use crate::faults::{BreakPlan, FaultPlan, HeldFills, Injector, Parking};
@@ -86,6 +86,37 @@ pub enum BstoreSource {
     Memory,
 }
 
+/// What a ranged TLBINV removes (section 16.3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PurgeMatch {
+    /// Every entry whose span meets the range, whatever its size. The kernel driver needs it: it always flushes with the
+    /// 4 KiB code.
+    #[default]
+    Overlap,
+    /// Only entries of the command's page size. Shows that driver's entries of huge pages go stale. Outstanding misses are
+    /// killed by overlap all the same.
+    Exact,
+}
+
+/// Bits of an address that select asid\[\] and sizeavail\[\] (section 16.4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Regions {
+    /// Three: all of asid\[8\] is used. The same as two for addresses below 2^61.
+    #[default]
+    Three,
+    /// Two: what the kernel driver's arithmetic comes to.
+    Two,
+}
+
+impl Regions {
+    fn of(self, va: u64) -> usize {
+        match self {
+            Self::Three => cch_words::region_of(va),
+            Self::Two => cch_words::region_of(va) & 3,
+        }
+    }
+}
+
 /// How the model is built. Open points of the hardware (section 16) are options here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GruConfig {
@@ -109,6 +140,12 @@ pub struct GruConfig {
     pub index_unit: IndexUnit,
     /// What BSTORE stores (16.6).
     pub bstore_source: BstoreSource,
+    /// What a ranged TLBINV removes (16.3).
+    pub purge_match: PurgeMatch,
+    /// Address regions (16.4).
+    pub regions: Regions,
+    /// Bit of ecause after a miss that was answered with EXCEPTION (16.5), 0 to 19. Default: 6, OS_FATAL_TLB_FAULT.
+    pub fatal_fault_ecause: u8,
     /// Refuse fills whose page-size code the context's sizeavail does not list.
     pub check_sizeavail: bool,
     /// Checks that are switched off, to show what they are for.
@@ -130,6 +167,9 @@ impl Default for GruConfig {
             store_miss_cause: tfh_words::Cause::TLB_MOD,
             index_unit: IndexUnit::Bytes,
             bstore_source: BstoreSource::Segment,
+            purge_match: PurgeMatch::Overlap,
+            regions: Regions::Three,
+            fatal_fault_ecause: cbe::ecause::OS_FATAL_TLB_FAULT.trailing_zeros() as u8,
             check_sizeavail: true,
             broken: BreakPlan::default(),
             faults: FaultPlan::default(),
@@ -149,6 +189,17 @@ pub enum GruError {
     /// Number of engines.
     #[error("{0} engine threads: give 1 to {MAX_ENGINES}")]
     Engines(usize),
+    /// Not a bit of ecause.
+    #[error("ecause bit {0} after a fatal fault: give 0 to 19")]
+    EcauseBit(u8),
+    /// Sets or ways of the TLB.
+    #[error("a TLB of {sets} sets and {ways} ways: give 1 to 65536 sets (a power of two) and 1 to 255 ways")]
+    Tlb {
+        /// Sets.
+        sets: usize,
+        /// Ways.
+        ways: usize,
+    },
     /// A plan that parks an engine inside an access.
     #[error("drain-delay parks an engine: give at least 2 engine threads")]
     ParkingNeedsTwoEngines,
@@ -188,6 +239,13 @@ impl Gru {
     pub fn new(context: ModelContext, config: GruConfig) -> Result<Arc<Self>, GruError> {
         if config.engines == 0 || config.engines > MAX_ENGINES {
             return Err(GruError::Engines(config.engines));
+        }
+        if config.fatal_fault_ecause > 19 {
+            return Err(GruError::EcauseBit(config.fatal_fault_ecause));
+        }
+        let (sets, ways) = (config.tlb_sets, config.tlb_ways);
+        if !sets.is_power_of_two() || sets > 65536 || ways == 0 || ways > 255 {
+            return Err(GruError::Tlb { sets, ways });
         }
         let plan = config.faults.with_windows_of(config.broken);
         if plan.drain_delay.is_some() && config.engines < 2 {

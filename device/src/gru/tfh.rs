@@ -1,22 +1,32 @@
 //! TLB fault handles (reference section 6): how a miss is reported and how software answers it.
 //!
 //! Decided here (section 16): RESTART of a killed miss is a plain restart; WRITE_ONLY is killed like
-//! WRITE_RESTART (its status is then EXCEPTION instead of IDLE); EXCEPTION sets ecause bit 6.
+//! WRITE_RESTART (its status is then EXCEPTION instead of IDLE); EXCEPTION sets ecause bit 6, unless
+//! `GruConfig::fatal_fault_ecause` names another.
 //!
 //! What software fills with wrong operands hits its own instruction: a page-size code that the context does
 //! not list in sizeavail leaves state HW_ERR, cause HW_ERROR_PAGESIZE and ends the instruction with
 //! TLBHW_ERROR; a target that is not mapped ends it with ADDRESS_SPACE_DECODE_ERROR; a gaa other than RAM
-//! with IAA_GAA_MISMATCH.
+//! with IAA_GAA_MISMATCH, or with ADDRESS_SPACE_DECODE_ERROR if the instruction asked for that class (there is only
+//! RAM).
 
 use std::sync::atomic::{Ordering, fence};
 
 use protos::gru::cbe::{self, ecause};
 use protos::gru::tfh::{self, Asids, Cause, Control, Opc, State, Target};
-use protos::gru::{HandleStatus, cb, cch, page_size};
+use protos::gru::{HandleStatus, cb, page_size};
 
 use super::chiplet::{CbrState, Chiplet, Phase, bits};
 use super::hardware::Hardware;
 use crate::atc::{Fill, FillRefused, PageSize, SpaceId};
+use crate::faults::Injection;
+
+/// What injected misses give as their cause: all of them count as writes for the driver (`cause & 2`).
+const MISS_CAUSES: [Cause; 3] = [
+    Cause::HW_ERROR_RR,
+    Cause::HW_ERROR_PAGESIZE,
+    Cause::INSTRUCTION_EXCEPTION,
+];
 
 /// A miss to report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,7 +47,7 @@ impl Hardware {
     ) {
         let context = &chiplet.contexts[number];
         let control = context.control();
-        let asid = context.asid_of(fault.va);
+        let asid = context.asid_of(fault.va, self.config.regions);
         self.counters.misses.bump();
         // Every purge from here on is collected; only then may software learn of the miss.
         chiplet.atc.open_miss(cbr, SpaceId(u64::from(asid)), fault.va);
@@ -58,10 +68,15 @@ impl Hardware {
             .word(chiplet.cbe(cbr) + cbe::COPY)
             .load(Ordering::Relaxed);
         let cb_int = cbe::Copied::from_bits(copied).ima() & cb::ima::INTERRUPT != 0;
+        let cause = match self.injector.strikes(Injection::MissCause) {
+            // A read that is taken for a write is safe, a write that is taken for a read never ends.
+            Some(count) => MISS_CAUSES[count as usize % MISS_CAUSES.len()],
+            None => fault.cause,
+        };
         let report = Control::new()
             .with_status(HandleStatus::EXCEPTION)
             .with_state(state)
-            .with_cause(fault.cause)
+            .with_cause(cause)
             .with_cb_int(cb_int)
             .with_ctxnum(number as u8);
         chiplet.cbrs[cbr].set_phase(held, phase);
@@ -155,7 +170,8 @@ impl Hardware {
             Opc::EXCEPTION => {
                 self.end_miss(chiplet, owner, cbr, &mut held, Phase::Idle);
                 self.answer(chiplet, cbr, HandleStatus::IDLE, State::IDLE);
-                self.exception(chiplet, owner, cbr, &mut held, ecause::OS_FATAL_TLB_FAULT);
+                let ecause = 1 << self.config.fatal_fault_ecause;
+                self.exception(chiplet, owner, cbr, &mut held, ecause);
             }
             Opc::USER_POLLING_MODE => {
                 if resource.phase() == Phase::MissFmm {
@@ -201,14 +217,31 @@ impl Hardware {
     }
 
     fn restart(&self, chiplet: &Chiplet, owner: (usize, usize), cbr: usize, held: &mut CbrState) {
+        let context = &chiplet.contexts[owner.0];
         let was_user_polling = chiplet.cbrs[cbr].phase() == Phase::MissUpm;
         // The TFH is answered before the CBR can run: it may miss again and report it there.
         self.answer(chiplet, cbr, HandleStatus::IDLE, State::IDLE);
         if was_user_polling {
             self.set_istatus(chiplet, owner.0, owner.1, cb::Status::ACTIVE);
         }
-        self.set_cbrstate(chiplet, cbr, cbe::State::QUEUED);
+        // A context that is stopped (or being stopped) does not run it: what is saved now goes on after a START.
+        let state = if context.is_open() {
+            cbe::State::QUEUED
+        } else {
+            cbe::State::INTERRUPTED
+        };
+        self.set_cbrstate(chiplet, cbr, state);
+        if self.injector.strikes(Injection::DelayedRestart).is_some() {
+            let margin = u64::try_from(self.config.faults.margin.as_nanos()).unwrap_or(u64::MAX);
+            let until = self.now().saturating_add(margin);
+            chiplet.cbrs[cbr].rests_until.store(until, Ordering::Relaxed);
+        }
         self.end_miss(chiplet, owner, cbr, held, Phase::Ready);
+        let control = context.control();
+        if !was_user_polling && self.injector.strikes(Injection::DuplicateFault).is_some() {
+            let tfm = usize::from(control.tlb_int_select());
+            self.tfm_fault(chiplet, tfm, cbr, control.tlb_int_enable());
+        }
     }
 
     fn end_miss(
@@ -233,6 +266,10 @@ impl Hardware {
 
     /// Writes status and state absolutely; cause, ctxnum and cb_int stay for dumps.
     fn answer(&self, chiplet: &Chiplet, cbr: usize, status: HandleStatus, state: State) {
+        let status = match self.injector.strikes(Injection::WrongStatus) {
+            Some(_) => HandleStatus::EXCEPTION,
+            None => status,
+        };
         let changed = |word| {
             let control = Control::from_bits(word).with_cmd(false).with_status(status);
             Some(control.with_state(state).into_bits())
@@ -263,7 +300,7 @@ impl Hardware {
         cbr: usize,
         operands: &Operands,
     ) -> Result<(), Refusal> {
-        let fill = operands.fill(chiplet, context, self.config.check_sizeavail)?;
+        let fill = self.fill_of(chiplet, context, cbr, operands)?;
         // Populates pages and may wait for the IOVA map.
         let result = self.while_away(|| chiplet.atc.fill(cbr, fill));
         match result {
@@ -287,12 +324,40 @@ impl Hardware {
         }
     }
 
+    fn fill_of(
+        &self,
+        chiplet: &Chiplet,
+        context: usize,
+        cbr: usize,
+        operands: &Operands,
+    ) -> Result<Fill, Refusal> {
+        let gaa = operands.asids.gaa();
+        if gaa != tfh::GAA_RAM {
+            let copied = self
+                .memory
+                .word(chiplet.cbe(cbr) + cbe::COPY)
+                .load(Ordering::Relaxed);
+            let copied = cbe::Copied::from_bits(copied);
+            let asked_for = copied.iaa0() == gaa || copied.iaa1() == gaa;
+            let ecause = if asked_for {
+                ecause::ADDRESS_SPACE_DECODE_ERROR
+            } else {
+                ecause::IAA_GAA_MISMATCH
+            };
+            let cause = Cause::HW_ERROR_RR;
+            return Err(Refusal::Wrong { cause, ecause });
+        }
+        let region = self.config.regions.of(operands.fillvaddr);
+        let available = chiplet.contexts[context].sizeavail[region].load(Ordering::Relaxed);
+        operands.fill(self.config.check_sizeavail.then_some(available))
+    }
+
     /// Fault plan: keeps the operands of a fill and lets the thread go on. True when it was taken.
     fn hold_fill(&self, chiplet: &Chiplet, context: usize, cbr: usize, operands: &Operands) -> bool {
         if !self.held_fills.picks() {
             return false;
         }
-        let Ok(fill) = operands.fill(chiplet, context, self.config.check_sizeavail) else {
+        let Ok(fill) = self.fill_of(chiplet, context, cbr, operands) else {
             return false;
         };
         chiplet.cbrs[cbr].held.store(true, Ordering::SeqCst);
@@ -344,17 +409,10 @@ pub(super) struct Operands {
 }
 
 impl Operands {
-    fn fill(&self, chiplet: &Chiplet, context: usize, check_sizeavail: bool) -> Result<Fill, Refusal> {
-        if self.asids.gaa() != tfh::GAA_RAM {
-            return Err(Refusal::Wrong {
-                cause: Cause::HW_ERROR_RR,
-                ecause: ecause::IAA_GAA_MISMATCH,
-            });
-        }
+    /// `available`: the page-size codes that may be entered, if that is checked.
+    fn fill(&self, available: Option<u32>) -> Result<Fill, Refusal> {
         let code = self.target.pagesize();
-        let available =
-            chiplet.contexts[context].sizeavail[cch::region_of(self.fillvaddr)].load(Ordering::Relaxed);
-        let listed = !check_sizeavail || u32::from(code) < 16 && available >> code & 1 != 0;
+        let listed = available.is_none_or(|available| code < 16 && available >> code & 1 != 0);
         let size = page_size::shift_of_code(code)
             .and_then(PageSize::new)
             .filter(|_| listed);

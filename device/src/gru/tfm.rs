@@ -10,6 +10,7 @@ use protos::gru::map;
 
 use super::chiplet::Chiplet;
 use super::hardware::Hardware;
+use crate::faults::Injection;
 
 /// Vector of a chiplet's fault map.
 pub(super) fn vector(chiplet: usize, tfm: usize) -> u32 {
@@ -21,6 +22,12 @@ impl Hardware {
     pub(super) fn tfm_fault(&self, chiplet: &Chiplet, tfm: usize, cbr: usize, interrupt: bool) {
         self.tfm_set(chiplet, tfm, map::tfm::FAULT_BITS, cbr);
         if interrupt {
+            self.tfm_raise(chiplet, tfm);
+        }
+    }
+
+    fn tfm_raise(&self, chiplet: &Chiplet, tfm: usize) {
+        if self.injector.strikes(Injection::LostInterrupt).is_none() {
             self.interrupts.trigger(vector(chiplet.index, tfm));
         }
     }
@@ -28,7 +35,7 @@ impl Hardware {
     /// `cbr` has finished an instruction that asked for an interrupt (section 13).
     pub(super) fn tfm_done(&self, chiplet: &Chiplet, tfm: usize, cbr: usize) {
         self.tfm_set(chiplet, tfm, map::tfm::DONE_BITS, cbr);
-        self.interrupts.trigger(vector(chiplet.index, tfm));
+        self.tfm_raise(chiplet, tfm);
     }
 
     fn tfm_set(&self, chiplet: &Chiplet, tfm: usize, bits: u64, cbr: usize) {

@@ -3,8 +3,9 @@
 //! Any engine executes any TGH, between chunks and never under a guard. Nothing on the way sleeps or allocates.
 //! Two TGHs that purge the same context at once are independent: each waits for its own drain.
 //!
-//! Decided here (section 16): matching is by overlap, whatever the entry's page size; `n` = 1023 and any
-//! `vaddrmask` but all ones purge the whole ASID; `ctxbitmap` is not needed (the ATC kills and drains by
+//! Decided here (section 16): matching is by overlap, whatever the entry's page size, unless
+//! [`PurgeMatch::Exact`](super::PurgeMatch) says otherwise; `n` = 1023 and any
+//! `vaddrmask` but all ones purge the whole ASID (of the command's page size, where matching is exact); `ctxbitmap` is not needed (the ATC kills and drains by
 //! address space, which covers every context that can use it); `delresp` is stored and never looked at.
 
 use std::ops::Range;
@@ -13,9 +14,11 @@ use std::sync::atomic::{Ordering, fence};
 use protos::gru::tgh::{self, Control, Count, Opc, Scope, State};
 use protos::gru::{HandleStatus, map, page_size};
 
+use super::PurgeMatch;
 use super::chiplet::Chiplet;
 use super::hardware::Hardware;
-use crate::atc::{Purge, SpaceId};
+use crate::atc::{PageSize, Purge, SpaceId};
+use crate::faults::Injection;
 
 /// DW0 bits that the device owns: cmd, status, state, cause.
 const DEVICE_BITS: u64 = Control::new()
@@ -115,13 +118,39 @@ impl Hardware {
                 Control::new().with_state(State::WAITDONE).into_bits(),
                 Ordering::Relaxed,
             );
-            let report = chiplet.atc.purge(purge);
+            let exact = self.config.purge_match == PurgeMatch::Exact;
+            let only = page_size::shift_of_code(scope.pagesize())
+                .and_then(PageSize::new)
+                .filter(|_| exact && !scope.global());
+            let token = chiplet.atc.purge_begin_of_size(purge, only);
+            let early = self.injector.strikes(Injection::EarlyCompletion).is_some();
+            if early {
+                self.tgh_answer(chiplet, handle);
+            }
+            let report = chiplet.atc.purge_finish(token);
             self.counters.tgh_purges.bump();
             tracing::trace!(chiplet = chiplet.index, handle, ?scoped, ?report, "TLBINV");
+            if early {
+                return;
+            }
         }
-        // Everything that the purge promises is done before software can see idle. An atomic AND: software's
-        // delresp may change under us, everything else is set absolutely.
+        self.tgh_answer(chiplet, handle);
+    }
+
+    /// Everything that the purge promises is done before software can see idle. An atomic AND: software's delresp may
+    /// change under us, everything else is set absolutely.
+    fn tgh_answer(&self, chiplet: &Chiplet, handle: usize) {
+        let word = self.memory.word(chiplet.tgh(handle) + tgh::CONTROL);
         fence(Ordering::Release);
+        if let Some(count) = self.injector.strikes(Injection::WrongStatus) {
+            let wrong = Control::new()
+                .with_status(HandleStatus::EXCEPTION)
+                .with_cause((count % 7) as u8)
+                .into_bits();
+            let answered = |word: u64| Some(word & !DEVICE_BITS | wrong);
+            let _ = word.fetch_update(Ordering::AcqRel, Ordering::Relaxed, answered);
+            return;
+        }
         word.fetch_and(!DEVICE_BITS, Ordering::Release);
     }
 }

@@ -3,7 +3,8 @@
 //! * [`Gru::open`] takes a device behind a [`Backing`] and starts the fault service.
 //! * [`Gru::address_space`] names who resolves addresses (a [`Pager`]); [`Mm::create_context`] allocates
 //!   control blocks and data segment in it; [`Mm::flush`] removes translations.
-//! * [`user`] is what an application does with a context: instructions and data.
+//! * [`user`] is what an application does with a context: instructions and data; [`message_queue`] sends and
+//!   receives messages.
 //!
 //! Section numbers in this module are those of the project's GRU hardware reference.
 //!
@@ -18,6 +19,7 @@ mod error;
 mod fault;
 mod flush;
 mod mapped;
+pub mod message_queue;
 mod mm;
 mod stats;
 #[cfg(test)]

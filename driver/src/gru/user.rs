@@ -308,6 +308,20 @@ impl Gseg {
         self.ring()
     }
 
+    /// Runs the instruction of a control block that is in EXCEPTION once more: nothing but icmd is set, the operands
+    /// stand (section 7; see [`protos::gru::cbe::ecause::RETRYABLE`]).
+    ///
+    /// # Errors
+    /// As [`Gseg::issue`].
+    pub fn retry(&self, cb: usize) -> io::Result<()> {
+        let at = self.cb_at(cb)? + cb::CONTROL;
+        let control = cb::Control::from_bits(self.load(at)?);
+        // A trapped store makes the status ACTIVE by itself, mapped memory does not.
+        let control = control.with_icmd(true).with_istatus(Status::ACTIVE);
+        self.store(at, control.into_bits())?;
+        self.ring()
+    }
+
     /// Store, fence, then the look at `awake`: see `Window::ring`.
     fn ring(&self) -> io::Result<()> {
         let Access::Mapped { status, doorbell, .. } = &self.access else {

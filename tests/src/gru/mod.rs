@@ -9,6 +9,7 @@ pub mod faults;
 pub mod flushes;
 pub mod instructions;
 pub mod memory;
+pub mod messages;
 pub mod page_table;
 pub mod rig;
 
@@ -109,7 +110,7 @@ macro_rules! gru_bodies_in_every_mode {
 macro_rules! gru_bodies {
     ($with:path) => {
         use driver::gru::{FaultMode, GruOptions};
-        use $crate::gru::{contexts, faults, flushes, instructions, preload, short_asids};
+        use $crate::gru::{contexts, faults, flushes, instructions, messages, preload, short_asids};
 
         #[test]
         fn test_every_instruction_when_faults_are_interrupts_moves_the_right_bytes() {
@@ -121,6 +122,24 @@ macro_rules! gru_bodies {
         fn test_every_instruction_when_user_polls_moves_the_right_bytes() {
             $with(GruOptions::default, |rig| {
                 instructions::every_instruction(rig, FaultMode::UserPolling);
+            });
+        }
+        #[test]
+        fn test_message_queue_when_it_has_512_bytes_takes_four_messages() {
+            $with(GruOptions::default(), |rig| messages::conformance(rig));
+        }
+        #[test]
+        fn test_message_queue_when_messages_have_two_lines_cuts_and_loses_none() {
+            $with(GruOptions::default(), |rig| messages::two_lines(rig));
+        }
+        #[test]
+        fn test_message_queue_when_many_send_and_its_page_moves_delivers_each_once() {
+            $with(GruOptions::default(), |rig| {
+                assert_eq!(
+                    messages::many_senders(rig, 100),
+                    0,
+                    "nothing injects congestion"
+                );
             });
         }
         #[test]

@@ -28,7 +28,7 @@ use protos::gru::{map, tfh};
 use super::chiplet::Context;
 use super::memory::BarMemory;
 use super::tfh::Fault;
-use super::{BstoreSource, IndexUnit};
+use super::{BstoreSource, IndexUnit, Regions};
 use crate::atc::{self, Access, Miss, SpaceId};
 use crate::dma;
 use crate::faults::Injector;
@@ -235,6 +235,7 @@ pub(super) struct Env<'a> {
     pub(super) store_miss: tfh::Cause,
     pub(super) index_unit: IndexUnit,
     pub(super) bstore_source: BstoreSource,
+    pub(super) regions: Regions,
     /// For unmapped mode.
     pub(super) dma: &'a dma::Space,
     /// The instruction is in unmapped mode. Set by [`Operation::step`].
@@ -250,7 +251,7 @@ impl Env<'_> {
         if self.unmapped {
             return self.physical(va, len, access);
         }
-        let space = SpaceId(u64::from(self.context.asid_of(va)));
+        let space = SpaceId(u64::from(self.context.asid_of(va, self.regions)));
         match self.engine.access(space, va, len, access) {
             Ok(guard) => {
                 *self.tag = guard.tag().min(*self.tag);
