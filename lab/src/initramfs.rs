@@ -71,6 +71,12 @@ impl Initramfs {
         self.before.resize(self.before.len().next_multiple_of(4), 0);
     }
 
+    /// Whether these files have that path.
+    #[must_use]
+    pub fn contains(&self, path: &str) -> bool {
+        self.entries.contains_key(path.trim_start_matches('/'))
+    }
+
     /// A file at a path of the guest.
     pub fn add_file(&mut self, path: &str, mode: u32, contents: &[u8]) {
         let path = path.trim_start_matches('/');
