@@ -11,14 +11,23 @@
 //!   begun (then a little longer), and only then stores. With the drain the invalidation waits; without, the
 //!   store lands after it has returned. Opens the window of `drain`.
 //!
-//! Neither holds up the handling of invalidations: a held fill keeps no thread, and one engine at most is
+//! What else can go wrong, every n-th time, is an [`Injection`]: `early-completion`, `lost-interrupt`,
+//! `duplicate-fault`, `delayed-restart`, `wrong-status`, `miss-cause`, `execution-error`, and for message queues
+//! `lb-overflow`, `amo-nack`, `put-nack`.
+//!
+//! Neither of the two delays holds up the handling of invalidations: a held fill keeps no thread, and one engine at most is
 //! parked while another goes on (so `drain-delay` wants two engines).
+
+mod inject;
 
 use std::fmt::Debug;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
+
+pub(crate) use inject::Injector;
+pub use inject::{Injection, Injections};
 
 use crate::atc::{Access, Checks, Fill, Hooks, Purge, PurgeProgress, SpaceId};
 
@@ -38,6 +47,8 @@ pub struct FaultPlan {
     pub dropin_delay: Option<u32>,
     /// Park inside every n-th access for store.
     pub drain_delay: Option<u32>,
+    /// What goes wrong at once.
+    pub inject: Injections,
     /// Moves the phase of both.
     pub seed: u64,
     /// A delay that waits for an invalidation gives up after this.
@@ -51,6 +62,7 @@ impl Default for FaultPlan {
         Self {
             dropin_delay: None,
             drain_delay: None,
+            inject: Injections::default(),
             seed: 0,
             limit: Duration::from_millis(300),
             margin: Duration::from_millis(5),
@@ -97,7 +109,7 @@ pub enum PlanError {
     Unknown {
         /// The word.
         name: String,
-        /// "break" or "delay".
+        /// "break" or "inject".
         what: &'static str,
         /// The words that exist.
         known: &'static str,
@@ -138,7 +150,8 @@ impl FromStr for BreakPlan {
     }
 }
 
-/// `dropin-delay[=n]`, `drain-delay[=n]`, `seed=n`, `limit-ms=n`, `margin-ms=n`, separated by commas.
+/// `dropin-delay[=n]`, `drain-delay[=n]`, the word of an [`Injection`] (`[=n]`), `seed=n`, `limit-ms=n`,
+/// `margin-ms=n`, separated by commas.
 impl FromStr for FaultPlan {
     type Err = PlanError;
     fn from_str(plan: &str) -> Result<Self, PlanError> {
@@ -164,13 +177,18 @@ impl FromStr for FaultPlan {
                 "seed" => faults.seed = u64::from(number(1)?),
                 "limit-ms" => faults.limit = Duration::from_millis(u64::from(number(300)?)),
                 "margin-ms" => faults.margin = Duration::from_millis(u64::from(number(5)?)),
-                name => {
-                    return Err(PlanError::Unknown {
-                        name: name.to_owned(),
-                        what: "delay",
-                        known: "dropin-delay, drain-delay, seed, limit-ms, margin-ms",
-                    });
-                }
+                name => match Injection::of_word(name) {
+                    Some(kind) => faults.inject = faults.inject.with(kind, number(Injections::EVERY)?),
+                    None => {
+                        return Err(PlanError::Unknown {
+                            name: name.to_owned(),
+                            what: "inject",
+                            known: "dropin-delay, drain-delay, early-completion, lost-interrupt, duplicate-fault, \
+                                    delayed-restart, wrong-status, miss-cause, execution-error, lb-overflow, \
+                                    amo-nack, put-nack, seed, limit-ms, margin-ms",
+                        });
+                    }
+                },
             }
         }
         Ok(faults)
@@ -208,6 +226,8 @@ pub struct FaultStats {
     pub engines_parked: u64,
     /// Of these: until an invalidation of their address had begun.
     pub engines_overtaken: u64,
+    /// [`Injection`]s of all kinds.
+    pub injected: u64,
 }
 
 struct HeldFill<T> {
@@ -468,6 +488,10 @@ mod tests {
         );
         assert_eq!((plan.seed, plan.limit), (7, Duration::from_millis(50)));
         assert_eq!("".parse::<FaultPlan>().unwrap(), FaultPlan::default());
+        let injected = "put-nack=3,lost-interrupt".parse::<FaultPlan>().unwrap().inject;
+        assert_eq!(injected.every(Injection::PutNack), Some(3));
+        assert_eq!(injected.every(Injection::LostInterrupt), Some(Injections::EVERY));
+        assert_eq!(injected.every(Injection::AmoNack), None);
         let windows = FaultPlan::default().with_windows_of(broken);
         assert!(windows.dropin_delay.is_some() && windows.drain_delay.is_some());
     }

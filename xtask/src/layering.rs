@@ -39,6 +39,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "tlbridge-host",
         ],
     ),
+    ("tlbridge-guest-tests", &["tlbridge-protos"]),
     ("xtask", &["tlbridge-lab"]),
 ];
 

@@ -70,6 +70,7 @@ impl Engine {
         let guard = Guard {
             window,
             tag: found.tag,
+            page_left: page - offset,
             engine: self,
         };
         if let Some(hooks) = guard.engine.atc.hooks.get() {
@@ -90,6 +91,7 @@ impl Drop for Engine {
 pub struct Guard<'e> {
     window: Window,
     tag: u64,
+    page_left: u64,
     /// Borrowed for as long as the guard lives: an engine holds one guard at a time.
     engine: &'e mut Engine,
 }
@@ -127,6 +129,16 @@ impl Guard<'_> {
     #[must_use]
     pub fn tag(&self) -> u64 {
         self.tag
+    }
+
+    /// Bytes from the start of the guard to the end of the entry's page, which may be more than it covers.
+    #[must_use]
+    pub fn page_left(&self) -> u64 {
+        self.page_left
+    }
+
+    pub(crate) fn window(&self) -> &Window {
+        &self.window
     }
 
     /// Copy out from the start of the guard, as many bytes as `to` has. A naturally aligned 1, 2, 4 or 8

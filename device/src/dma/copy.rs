@@ -103,8 +103,16 @@ impl Window {
 
     /// The 64-bit word at the start; `None` when the window is shorter, not aligned or not writable.
     pub(crate) fn atomic64(&self) -> Option<&AtomicU64> {
-        let ptr = self.start.as_ptr().cast::<u64>();
-        if self.len < 8 || !ptr.is_aligned() || !self.writable {
+        self.atomic64_at(0)
+    }
+
+    /// The 64-bit word at `offset`; `None` as for the start.
+    pub(crate) fn atomic64_at(&self, offset: usize) -> Option<&AtomicU64> {
+        if !self.writable || offset.checked_add(8).is_none_or(|end| end > self.len) {
+            return None;
+        }
+        let ptr = self.at(offset, 8).cast::<u64>();
+        if !ptr.is_aligned() {
             return None;
         }
         // SAFETY: aligned, mapped and writable while `self` lives; other accesses to client memory are

@@ -508,6 +508,10 @@ impl Resolved<'_> {
         self.len() == 0
     }
 
+    pub(crate) fn window(&self) -> &Window {
+        &self.window
+    }
+
     /// Copy out, from the start of the range.
     ///
     /// # Panics

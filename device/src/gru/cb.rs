@@ -4,7 +4,9 @@
 //! instruction survives INTERRUPT, save by software, and restore on another CBR.
 
 use std::sync::atomic::{Ordering, fence};
+use std::time::Duration;
 
+use protos::gru::cb::SubStatus;
 use protos::gru::cbe::{self, ecause, execstatus};
 use protos::gru::{cb, map};
 
@@ -13,6 +15,11 @@ use super::chiplet::{CbrState, Chiplet, Context, Phase, bits};
 use super::engine::Bench;
 use super::hardware::Hardware;
 use super::instructions::{Env, Operation, Step, Stop};
+use crate::faults::Injection;
+
+/// A polling CBR rests between its looks, longer each time: no engine spins for it.
+const FIRST_REST: Duration = Duration::from_micros(10);
+const LAST_REST: Duration = Duration::from_millis(1);
 
 impl Hardware {
     /// One step for every CB that can make one. `between` runs after each step, when nothing is held.
@@ -47,7 +54,7 @@ impl Hardware {
 
     fn has_work(&self, chiplet: &Chiplet, (number, logical): (usize, usize), cbr: usize) -> bool {
         match chiplet.cbrs[cbr].phase() {
-            Phase::Ready => true,
+            Phase::Ready => !self.rests(chiplet, cbr),
             Phase::Idle => {
                 self.memory
                     .word(chiplet.cb(number, logical))
@@ -55,10 +62,31 @@ impl Hardware {
                     & 1
                     != 0
             }
+            Phase::Polling => !self.rests(chiplet, cbr),
             Phase::MissFmm | Phase::MissUpm => false,
         }
     }
 
+    fn rests(&self, chiplet: &Chiplet, cbr: usize) -> bool {
+        let until = chiplet.cbrs[cbr].rests_until.load(Ordering::Relaxed);
+        until != 0 && self.now() < until
+    }
+
+    /// How long the CBRs that rest go on doing so; `None` when none does.
+    pub(super) fn shortest_rest(&self) -> Option<Duration> {
+        let until = |chiplet: &Chiplet| {
+            bits(u64::from(chiplet.active.load(Ordering::Acquire)))
+                .flat_map(|number| physical_cbrs(&chiplet.contexts[number]))
+                .filter(|&cbr| matches!(chiplet.cbrs[cbr].phase(), Phase::Polling | Phase::Ready))
+                .map(|cbr| chiplet.cbrs[cbr].rests_until.load(Ordering::Relaxed))
+                .filter(|&until| until != 0)
+                .min()
+        };
+        let until = self.chiplets.iter().filter_map(until).min()?;
+        Some(Duration::from_nanos(until.saturating_sub(self.now())).max(FIRST_REST))
+    }
+
+    /// Returns whether the CB has made progress: a poll that goes on does not count.
     fn step(
         &self,
         chiplet: &Chiplet,
@@ -72,20 +100,24 @@ impl Hardware {
             return false;
         };
         let cbe_at = chiplet.cbe(cbr);
+        let mut fresh = false;
         let mut operation = match resource.phase() {
-            Phase::Ready => {
+            Phase::Ready | Phase::Polling => {
+                resource.rests_until.store(0, Ordering::Relaxed);
                 Operation::load(|offset| self.memory.word(cbe_at + offset).load(Ordering::Relaxed))
             }
             Phase::Idle => match self.accept(chiplet, owner) {
                 Some(operation) => {
                     held.tag = u64::MAX;
+                    held.rest = FIRST_REST;
+                    fresh = true;
                     operation
                 }
                 None => return false,
             },
             Phase::MissFmm | Phase::MissUpm => return false,
         };
-        let result = operation.step(&mut Env {
+        let mut env = Env {
             engine: &mut bench.engines[chiplet.index],
             context,
             memory: &self.memory,
@@ -95,7 +127,17 @@ impl Hardware {
             tag: &mut held.tag,
             store_miss: self.config.store_miss_cause,
             index_unit: self.config.index_unit,
-        });
+            bstore_source: self.config.bstore_source,
+            dma: &self.dma,
+            unmapped: false,
+            exchanging: &self.exchanging,
+            injector: &self.injector,
+        };
+        let result = if fresh && self.injector.strikes(Injection::ExecutionError).is_some() {
+            Err(Stop::Exception(ecause::EXECUTION_HW_ERROR))
+        } else {
+            operation.step(&mut env)
+        };
         let save = |state, ecause, execstatus| {
             let status = cbe::Status::new().with_cbrstate(state).with_ecause(ecause);
             let status = status.with_cbrexecstatus(execstatus);
@@ -108,19 +150,34 @@ impl Hardware {
                 save(cbe::State::REQUEST_ISSUE, 0, execstatus::PENDING);
                 resource.set_phase(&mut held, Phase::Ready);
             }
+            Ok(Step::Wait) => {
+                save(cbe::State::WAIT_RESPONSE, 0, execstatus::PENDING);
+                let until = self.now().saturating_add(held.rest.as_nanos() as u64);
+                held.rest = (held.rest * 2).clamp(FIRST_REST, LAST_REST);
+                resource.rests_until.store(until, Ordering::Relaxed);
+                resource.set_phase(&mut held, Phase::Polling);
+                return false;
+            }
             Ok(Step::Done(old)) => {
                 save(cbe::State::IDLE, 0, 0);
-                if let Some(old) = old {
-                    let avalue = self.memory.word(chiplet.cb(owner.0, owner.1) + cb::AVALUE);
-                    avalue.store(old, Ordering::Relaxed);
-                }
+                self.store_avalue(chiplet, owner, old);
                 self.counters.instructions.bump();
-                self.finish(chiplet, context, owner, cbr, &mut held, cb::Status::IDLE);
+                let ending = (cb::Status::IDLE, SubStatus::NONE);
+                self.finish(chiplet, context, owner, cbr, &mut held, ending);
             }
             Err(Stop::Exception(cause)) => {
                 save(cbe::State::IDLE, cause, execstatus::EXCEPTION);
                 self.counters.exceptions.bump();
-                self.finish(chiplet, context, owner, cbr, &mut held, cb::Status::EXCEPTION);
+                let ending = (cb::Status::EXCEPTION, SubStatus::NONE);
+                self.finish(chiplet, context, owner, cbr, &mut held, ending);
+            }
+            Err(Stop::Message { substatus, avalue }) => {
+                // No error of the instruction: ecause stays empty, the substatus says it all.
+                save(cbe::State::IDLE, 0, execstatus::EXCEPTION);
+                self.store_avalue(chiplet, owner, avalue);
+                self.counters.messages_refused.bump();
+                let ending = (cb::Status::EXCEPTION, substatus);
+                self.finish(chiplet, context, owner, cbr, &mut held, ending);
             }
             Err(Stop::Fault(fault)) => {
                 save(cbe::State::WAIT_RESPONSE, 0, execstatus::PENDING);
@@ -128,6 +185,13 @@ impl Hardware {
             }
         }
         true
+    }
+
+    fn store_avalue(&self, chiplet: &Chiplet, (number, logical): (usize, usize), value: Option<u64>) {
+        if let Some(value) = value {
+            let word = self.memory.word(chiplet.cb(number, logical) + cb::AVALUE);
+            word.store(value, Ordering::Relaxed);
+        }
     }
 
     /// Takes a command if there is one: icmd goes, istatus is ACTIVE.
@@ -158,7 +222,7 @@ impl Hardware {
         (number, logical): (usize, usize),
         cbr: usize,
         held: &mut CbrState,
-        status: cb::Status,
+        ending: (cb::Status, SubStatus),
     ) {
         let tag = self.memory.word(chiplet.cb(number, logical) + map::CB_EXT_TAG);
         tag.store(held.tag, Ordering::Relaxed);
@@ -168,7 +232,7 @@ impl Hardware {
             .word(chiplet.cbe(cbr) + cbe::COPY)
             .load(Ordering::Relaxed);
         fence(Ordering::Release);
-        self.set_istatus(chiplet, number, logical, status);
+        self.set_ending(chiplet, number, logical, ending);
         let control = context.control();
         let wanted = cbe::Copied::from_bits(copied).ima() & cb::ima::INTERRUPT != 0;
         if wanted && control.tfm_done_bit_enable() && control.cb_int_enable() {
@@ -201,7 +265,7 @@ impl Hardware {
             owner,
             cbr,
             held,
-            cb::Status::EXCEPTION,
+            (cb::Status::EXCEPTION, SubStatus::NONE),
         );
     }
 }

@@ -161,7 +161,9 @@ impl Hardware {
                 for (cbr, _held) in &cbrs {
                     match chiplet.cbrs[*cbr].phase() {
                         Phase::Idle => {}
-                        Phase::Ready => self.set_cbrstate(chiplet, *cbr, cbe::State::INTERRUPTED),
+                        Phase::Ready | Phase::Polling => {
+                            self.set_cbrstate(chiplet, *cbr, cbe::State::INTERRUPTED);
+                        }
                         Phase::MissUpm => self.set_cbrstate(chiplet, *cbr, cbe::State::INTERRUPTED_MISS_UPM),
                         Phase::MissFmm => unreachable!("a quiet context has no fault-map miss"),
                     }
@@ -228,6 +230,7 @@ impl Hardware {
             let at = chiplet.ds(number) + unit * map::DSR_AU as u64;
             self.memory.store_bytes(at, &[0; map::DSR_AU]);
         }
+        self.wake.show_to(chiplet.gseg(number));
         for cbr in physical_cbrs(context) {
             self.clear_cbr_handles(chiplet, cbr);
         }
@@ -280,7 +283,7 @@ impl Hardware {
         let state = self.cbrstate(chiplet, cbr);
         if !fresh {
             match chiplet.cbrs[cbr].phase() {
-                Phase::Ready => self.set_cbrstate(chiplet, cbr, cbe::State::QUEUED),
+                Phase::Ready | Phase::Polling => self.set_cbrstate(chiplet, cbr, cbe::State::QUEUED),
                 // Miss and TFH have survived; the CBR goes on waiting.
                 Phase::MissUpm => self.set_cbrstate(chiplet, cbr, cbe::State::WAIT_RESPONSE),
                 Phase::Idle | Phase::MissFmm => {}

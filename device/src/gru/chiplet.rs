@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use protos::gru::{cch, map};
 
@@ -20,6 +21,8 @@ pub(super) enum Phase {
     MissFmm,
     /// A user-polling miss waits for its TFH.
     MissUpm,
+    /// EPOLL or NPOLL: memory does not say yet what it waits for.
+    Polling,
 }
 
 impl Phase {
@@ -29,6 +32,7 @@ impl Phase {
             1 => Self::Ready,
             2 => Self::MissFmm,
             3 => Self::MissUpm,
+            4 => Self::Polling,
             other => unreachable!("a phase is stored by this module only, found {other}"),
         }
     }
@@ -44,6 +48,15 @@ impl Phase {
 pub(super) struct CbrState {
     /// Smallest fill tag that the running instruction has used.
     pub(super) tag: u64,
+    /// How long a polling CBR rests before its next look.
+    pub(super) rest: Duration,
+}
+
+impl CbrState {
+    const NEW: Self = Self {
+        tag: u64::MAX,
+        rest: Duration::ZERO,
+    };
 }
 
 /// A control-block resource. Its instruction's progress lives in the CBE (so that it survives a save and
@@ -57,6 +70,8 @@ pub(super) struct Cbr {
     phase: AtomicU8,
     /// A fill is being held back by the fault plan: the TFH is not looked at.
     pub(super) held: AtomicBool,
+    /// [`Phase::Polling`], or held up by the fault plan: the device's time (nanoseconds) before which the CBR rests.
+    pub(super) rests_until: AtomicU64,
 }
 
 impl Cbr {
@@ -70,8 +85,9 @@ impl Cbr {
     /// Back to the state after a reset; engines are stopped.
     pub(super) fn clear(&self) {
         let mut state = self.state.lock().expect("an engine died inside an instruction");
-        *state = CbrState { tag: u64::MAX };
+        *state = CbrState::NEW;
         self.set_phase(&mut state, Phase::Idle);
+        self.rests_until.store(0, Ordering::SeqCst);
         self.held.store(false, Ordering::SeqCst);
     }
     pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, CbrState>> {
@@ -196,9 +212,10 @@ pub(super) struct Chiplet {
 impl Chiplet {
     pub(super) fn new(index: usize, atc: Arc<Atc>) -> Self {
         let cbr = |_| Cbr {
-            state: Mutex::new(CbrState { tag: u64::MAX }),
+            state: Mutex::new(CbrState::NEW),
             phase: AtomicU8::new(Phase::Idle as u8),
             held: AtomicBool::new(false),
+            rests_until: AtomicU64::new(0),
         };
         Self {
             index,
@@ -218,13 +235,17 @@ impl Chiplet {
     fn base(&self) -> u64 {
         self.index as u64 * map::CHIPLET_SIZE
     }
+    /// BAR2 offset of a context's GSEG.
+    pub(super) fn gseg(&self, context: usize) -> u64 {
+        self.base() + context as u64 * map::GSEG_STRIDE
+    }
     /// BAR2 offset of a logical CB.
     pub(super) fn cb(&self, context: usize, logical: usize) -> u64 {
-        self.base() + context as u64 * map::GSEG_STRIDE + map::GSEG_CB + logical as u64 * map::HANDLE_STRIDE
+        self.gseg(context) + map::GSEG_CB + logical as u64 * map::HANDLE_STRIDE
     }
     /// BAR2 offset of a context's data segment.
     pub(super) fn ds(&self, context: usize) -> u64 {
-        self.base() + context as u64 * map::GSEG_STRIDE + map::GSEG_DS
+        self.gseg(context) + map::GSEG_DS
     }
     /// BAR2 offset of a fault map.
     pub(super) fn tfm(&self, index: usize) -> u64 {

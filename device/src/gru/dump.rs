@@ -22,6 +22,8 @@ pub struct GruStats {
     pub instructions: u64,
     /// Instructions that ended in an exception.
     pub exceptions: u64,
+    /// Messages that ended with a substatus.
+    pub messages_refused: u64,
     /// Misses reported to software.
     pub misses: u64,
     /// Fills that entered a translation.
@@ -51,9 +53,11 @@ pub(super) fn stats(hardware: &Hardware) -> GruStats {
     if let Some(parking) = &hardware.parking {
         parking.count_into(&mut faults);
     }
+    faults.injected = hardware.injector.count();
     GruStats {
         instructions: counters.instructions.get(),
         exceptions: counters.exceptions.get(),
+        messages_refused: counters.messages_refused.get(),
         misses: counters.misses.get(),
         fills: counters.fills.get(),
         fills_killed: counters.fills_killed.get(),

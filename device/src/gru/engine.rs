@@ -5,8 +5,10 @@
 //! costs nothing.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use super::Doorbell;
 use super::hardware::Hardware;
 use crate::atc;
 
@@ -79,9 +81,14 @@ impl Drop for Vital {
 pub(super) fn run(hardware: &Arc<Hardware>, mut bench: Bench) {
     let _vital = Vital;
     let wake = &hardware.wake;
-    let mut spin = Spin::new(hardware.config.spin, hardware.polite);
+    let limit = match hardware.config.doorbell {
+        Doorbell::Bell => Duration::ZERO,
+        Doorbell::Trap | Doorbell::Poll => hardware.config.spin,
+    };
+    let mut spin = Spin::new(limit, hardware.polite);
     let mut passes = 0u32;
     let mut full = true;
+    let mut timed = false;
     wake.enter();
     while !wake.stopping() {
         passes = passes.wrapping_add(1);
@@ -90,20 +97,41 @@ pub(super) fn run(hardware: &Arc<Hardware>, mut bench: Bench) {
             std::mem::take(&mut full) || passes.is_multiple_of(FULL_LOOK),
         ) {
             spin.found();
+            timed = false;
             continue;
         }
-        if !wake.others_awake() && spin.again() {
+        // Who wakes by the clock and finds nothing sleeps again: polls cost no spinning.
+        if !timed && !wake.others_awake() && spin.again() {
             continue;
         }
         wake.doze();
         // Whoever stored before the count was lowered did not ring.
+        timed = false;
         if !hardware.work_waits() {
-            wake.sleep(hardware.next_look());
+            let keeper = hardware.keep_time();
+            let limit = hardware
+                .next_look()
+                .or(keeper.as_ref().map(|keeper| keeper.limit));
+            timed = limit.is_some();
+            wake.sleep(limit);
         }
         full = true;
         wake.come_back();
     }
     wake.pass_on_stop();
+}
+
+/// The engine that sleeps by the clock.
+#[derive(Debug)]
+struct TimeKeeper<'a> {
+    kept: &'a AtomicBool,
+    limit: Duration,
+}
+
+impl Drop for TimeKeeper<'_> {
+    fn drop(&mut self) {
+        self.kept.store(false, Ordering::SeqCst);
+    }
 }
 
 impl Hardware {
@@ -168,6 +196,16 @@ impl Hardware {
             std::thread::yield_now();
         }
         flushed
+    }
+
+    /// One engine at a time sleeps with a limit, so that CBRs which rest get their next look.
+    fn keep_time(&self) -> Option<TimeKeeper<'_>> {
+        let limit = self.shortest_rest()?;
+        let taken = self.time_kept.swap(true, Ordering::SeqCst);
+        (!taken).then_some(TimeKeeper {
+            kept: &self.time_kept,
+            limit,
+        })
     }
 
     /// How long an engine may sleep: for ever, except while the fault plan holds fills.

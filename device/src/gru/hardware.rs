@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
+use std::time::Instant;
 
 use protos::gru::{cb, cbe, map};
 
@@ -11,7 +12,8 @@ use super::tfh::Operands;
 use super::trapped::Trapped;
 use super::wake::Wake;
 use super::{Counters, GruConfig};
-use crate::faults::{HeldFills, Parking};
+use crate::dma;
+use crate::faults::{HeldFills, Injector, Parking};
 use crate::pci::Interrupts;
 
 /// Everything but the threads.
@@ -21,10 +23,19 @@ use crate::pci::Interrupts;
 pub(super) struct Hardware {
     pub(super) config: GruConfig,
     /// BAR2.
-    pub(super) memory: BarMemory,
+    pub(super) memory: Arc<BarMemory>,
     pub(super) wake: Arc<Wake>,
     pub(super) chiplets: Vec<Chiplet>,
     pub(super) interrupts: Arc<Interrupts>,
+    /// For unmapped mode.
+    pub(super) dma: Arc<dma::Space>,
+    /// A GAMXR is being executed.
+    pub(super) exchanging: AtomicBool,
+    pub(super) injector: Injector,
+    /// Beginning of the device's time.
+    pub(super) started: Instant,
+    /// An engine sleeps with a time limit, for those CBRs that rest.
+    pub(super) time_kept: AtomicBool,
     pub(super) held_fills: HeldFills<Operands>,
     pub(super) parking: Option<Arc<Parking>>,
     pub(super) trapped: Trapped,
@@ -41,6 +52,11 @@ impl Hardware {
     /// After a store that may start something.
     pub(super) fn ring(&self) {
         self.wake.ring();
+    }
+
+    /// Nanoseconds since the device was made.
+    pub(super) fn now(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
     /// Resets and stops do not wait for the fault plan.
@@ -68,10 +84,21 @@ impl Hardware {
 
     /// Changes istatus (and isubstatus to none) of a CB and nothing else; everything before is visible first.
     pub(super) fn set_istatus(&self, chiplet: &Chiplet, context: usize, logical: usize, status: cb::Status) {
+        self.set_ending(chiplet, context, logical, (status, cb::SubStatus::NONE));
+    }
+
+    /// As [`Hardware::set_istatus`], with a substatus.
+    pub(super) fn set_ending(
+        &self,
+        chiplet: &Chiplet,
+        context: usize,
+        logical: usize,
+        (status, substatus): (cb::Status, cb::SubStatus),
+    ) {
         let changed = |word| {
             let control = cb::Control::from_bits(word)
                 .with_istatus(status)
-                .with_isubstatus(0);
+                .with_isubstatus(substatus.0);
             Some(control.into_bits())
         };
         let word = self.memory.word(chiplet.cb(context, logical) + cb::CONTROL);

@@ -41,7 +41,7 @@ open_enum! {
     }
 }
 open_enum! {
-    /// Extended operation codes of GAMIR (section 7.1).
+    /// Extended operation codes of GAMIR and GAMIRR (section 7.1).
     ImplicitOp {
         /// Return the old value.
         FETCH = 0x01,
@@ -51,10 +51,16 @@ open_enum! {
         INC = 0x05,
         /// Subtract one.
         DEC = 0x07,
+        /// GAMIR: queue check, 64-byte step.
+        QCHK1 = 0x0d,
+        /// GAMIR: queue check, 128-byte step.
+        QCHK2 = 0x0e,
+        /// GAMIRR: subtract one, but leave zero alone.
+        DECZ = 0x0f,
     }
 }
 open_enum! {
-    /// Extended operation codes of GAMER (section 7.1).
+    /// Extended operation codes of GAMER and GAMERR (section 7.1).
     ExplicitOp {
         /// mem = op1.
         SWAP = 0x00,
@@ -68,8 +74,36 @@ open_enum! {
         ADD = 0x04,
         /// if mem == op2 then mem = op1.
         CSWAP = 0x08,
-        /// Queue check (message queues).
+        /// GAMERR: wait until mem == op1.
+        EPOLL = 0x09,
+        /// GAMERR: wait until mem != op1.
+        NPOLL = 0x0a,
+        /// GAMER: queue check, step of op1 cache lines.
         CADD = 0x0c,
+    }
+}
+open_enum! {
+    /// Extended operation code of GAMXR (section 7.1).
+    ExchangeOp {
+        /// Masked compare-exchange.
+        CSWAP = 0x0b,
+    }
+}
+open_enum! {
+    /// Low three bits of isubstatus: what has become of a message (section 10).
+    SubStatus {
+        /// Nothing to say.
+        NONE = 0,
+        /// Congestion: try again.
+        LB_OVERFLOWED = 1,
+        /// The half is full; avalue has head and limit.
+        QLIMIT_REACHED = 2,
+        /// The message would cross a page.
+        PAGE_OVERFLOW = 3,
+        /// Congestion: try again.
+        AMO_NACKED = 4,
+        /// The slot is reserved (avalue has its head), the data is not stored.
+        PUT_NACKED = 5,
     }
 }
 open_enum! {
@@ -170,11 +204,20 @@ pub struct Control {
     __: u8,
     #[bits(2)]
     pub istatus: Status,
+    /// [`SubStatus`] in the low three bits; bit 3 = implicit abort active.
     #[bits(4)]
     pub isubstatus: u8,
     #[bits(1)]
     __: u8,
     pub tlb_fault_color: bool,
+}
+
+impl Control {
+    /// What has become of a message.
+    #[must_use]
+    pub const fn substatus(self) -> SubStatus {
+        SubStatus(self.isubstatus() & 7)
+    }
 }
 
 /// A whole instruction, as software stores it: DW1..DW5 first, then DW0.
@@ -263,11 +306,69 @@ impl Instruction {
         (i.baddr0, i.nelem) = (va, 1);
         i
     }
+    /// GAMIR's like on a registered address.
+    #[must_use]
+    pub fn gamirr(va: u64, op: ImplicitOp, xtype: XType) -> Self {
+        let mut i = Self::gamir(va, op, xtype);
+        i.control = i.control.with_opc(Opc::GAMIRR);
+        i
+    }
     /// Atomic with explicit operands; the old value lands in avalue.
     #[must_use]
     pub fn gamer(va: u64, op: ExplicitOp, op1: u64, op2: u64, xtype: XType) -> Self {
         let mut i = Self::start(Opc::GAMER, op.0, xtype);
         (i.baddr0, i.nelem, i.stride_op1, i.baddr1_value_op2) = (va, 1, op1, op2);
         i
+    }
+    /// GAMER's like on a registered address; has the polls.
+    #[must_use]
+    pub fn gamerr(va: u64, op: ExplicitOp, op1: u64, op2: u64, xtype: XType) -> Self {
+        let mut i = Self::gamer(va, op, op1, op2, xtype);
+        i.control = i.control.with_opc(Opc::GAMERR);
+        i
+    }
+    /// Masked compare-exchange of `nelem` double words at `va`; the operands are in the data segment at byte
+    /// `tri0`.
+    #[must_use]
+    pub fn gamxr(va: u64, tri0: u32, nelem: u64) -> Self {
+        let mut i = Self::start(Opc::GAMXR, ExchangeOp::CSWAP.0, XType::DWORD);
+        (i.control, i.baddr0, i.nelem) = (i.control.with_tri0(tri0), va, nelem);
+        i
+    }
+    /// Indexed set: element i at `va` + index i becomes `value`.
+    #[must_use]
+    pub fn ivset(va: u64, tri1: u32, value: u64, xtype: XType, nelem: u64) -> Self {
+        let mut i = Self::ivload(va, 0, tri1, xtype, nelem);
+        i.control = i.control.with_opc(Opc::IVSET);
+        i.baddr1_value_op2 = value;
+        i
+    }
+    /// Send `lines` cache lines of the data segment at byte `tri0` to the message queue at `queue`.
+    #[must_use]
+    pub fn mesq(queue: u64, tri0: u32, lines: u64) -> Self {
+        let mut i = Self::start(Opc::MESQ, 0, XType::CACHE_LINE);
+        (i.control, i.baddr0, i.nelem) = (i.control.with_tri0(tri0), queue, lines);
+        i
+    }
+    /// Block store of `nelem` elements to `dst`.
+    #[must_use]
+    pub fn bstore(src: u64, dst: u64, tri0: u32, xtype: XType, nelem: u64) -> Self {
+        let mut i = Self::start(Opc::BSTORE, 0, xtype);
+        (i.control, i.baddr0, i.nelem) = (i.control.with_tri0(tri0), src, nelem);
+        i.baddr1_value_op2 = dst;
+        i
+    }
+    /// Flush `nelem` elements, `stride` elements apart.
+    #[must_use]
+    pub fn vflush(va: u64, xtype: XType, nelem: u64, stride: u64) -> Self {
+        let mut i = Self::start(Opc::VFLUSH, 0, xtype);
+        (i.baddr0, i.nelem, i.stride_op1) = (va, nelem, stride);
+        i
+    }
+    /// The same instruction with these bits of [`ima`], too.
+    #[must_use]
+    pub fn with_ima(mut self, bits: u8) -> Self {
+        self.control = self.control.with_ima(self.control.ima() | bits);
+        self
     }
 }

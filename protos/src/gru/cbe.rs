@@ -35,6 +35,8 @@ open_enum! {
 
 /// `ecause` bits.
 pub mod ecause {
+    /// RI.
+    pub const RI: u32 = 1;
     /// Invalid instruction.
     pub const INVALID_INSTRUCTION: u32 = 1 << 1;
     /// ima asks for unmapped mode in a context that may not.
@@ -51,10 +53,36 @@ pub mod ecause {
     pub const EXECUTION_HW_ERROR: u32 = 1 << 7;
     /// TLB hardware error.
     pub const TLBHW_ERROR: u32 = 1 << 8;
+    /// Request timeout.
+    pub const RA_REQUEST_TIMEOUT: u32 = 1 << 9;
+    /// Request timeout.
+    pub const HA_REQUEST_TIMEOUT: u32 = 1 << 10;
+    /// Fatal response.
+    pub const RA_RESPONSE_FATAL: u32 = 1 << 11;
+    /// Non-fatal response.
+    pub const RA_RESPONSE_NON_FATAL: u32 = 1 << 12;
+    /// Fatal response.
+    pub const HA_RESPONSE_FATAL: u32 = 1 << 13;
+    /// Non-fatal response.
+    pub const HA_RESPONSE_NON_FATAL: u32 = 1 << 14;
     /// The target of an entry is not reachable.
     pub const ADDRESS_SPACE_DECODE_ERROR: u32 = 1 << 15;
+    /// Protocol state error.
+    pub const PROTOCOL_STATE_DATA_ERROR: u32 = 1 << 16;
+    /// Data error in a response.
+    pub const RA_RESPONSE_DATA_ERROR: u32 = 1 << 17;
+    /// Data error in a response.
+    pub const HA_RESPONSE_DATA_ERROR: u32 = 1 << 18;
     /// Forced.
     pub const FORCED_ERROR: u32 = 1 << 19;
+    /// What software may answer by setting icmd again (section 7), three times at most.
+    pub const RETRYABLE: u32 = EXECUTION_HW_ERROR
+        | TLBHW_ERROR
+        | RA_REQUEST_TIMEOUT
+        | RA_RESPONSE_NON_FATAL
+        | HA_RESPONSE_NON_FATAL
+        | RA_RESPONSE_DATA_ERROR
+        | HA_RESPONSE_DATA_ERROR;
 }
 
 /// `cbrexecstatus` bits.

@@ -10,7 +10,9 @@
 pub mod cb;
 pub mod cbe;
 pub mod cch;
+pub mod doorbell;
 pub mod map;
+pub mod message_queue;
 pub mod page_size;
 pub mod pci;
 pub mod tfh;

@@ -14,6 +14,11 @@ impl Operation {
         if buffer + u64::from(self.issued.tri0()) > env.ds_bytes {
             return Err(Stop::SEGMENT);
         }
+        self.copy(env, element)
+    }
+
+    /// Memory at baddr0 to memory at baddr1.
+    pub(super) fn copy(&mut self, env: &mut Env<'_>, element: u64) -> Result<Step, Stop> {
         let mut budget = STEP_BYTES;
         let result = loop {
             if self.left == 0 || budget < element {

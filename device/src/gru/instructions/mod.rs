@@ -5,27 +5,43 @@
 //! from there. A step holds one guard at a time: what has two operands in memory passes through the engine's
 //! bounce buffer. What cannot be repeated (an atomic) is done in the step that ends the instruction.
 //!
-//! Alignment: only atomics ask for it. An element that crosses a page is moved in two pieces, and repeated
+//! Unmapped mode (ima bit 1, in contexts with unmap_enable) takes addresses for IOVAs: no TLB, no misses; what is not
+//! mapped for the device ends with ADDRESS_SPACE_DECODE_ERROR. Each access holds the IOVA map for one copy.
+//!
+//! Alignment: only atomics, message queues and GAMXR ask for it. An element that crosses a page is moved in two pieces, and repeated
 //! when the second piece misses.
 
 mod atomic;
+mod block;
 mod copy;
+mod exchange;
+mod message;
+mod place;
 mod vector;
 
-use protos::gru::cb::{self, Opc, XType};
+use std::sync::atomic::AtomicBool;
+
+use protos::gru::cb::{self, Opc, SubStatus, XType};
 use protos::gru::cbe::{self, ecause};
 use protos::gru::{map, tfh};
 
-use super::IndexUnit;
 use super::chiplet::Context;
 use super::memory::BarMemory;
 use super::tfh::Fault;
-use crate::atc::{self, Access, Guard, Miss, SpaceId};
+use super::{BstoreSource, IndexUnit};
+use crate::atc::{self, Access, Miss, SpaceId};
+use crate::dma;
+use crate::faults::Injector;
+use place::Place;
 
 /// Most bytes that one step moves: what a TGH may have to wait for.
 pub(super) const STEP_BYTES: u64 = atc::CHUNK;
 /// Most elements that one step moves one by one.
 const STEP_ELEMENTS: u64 = 1024;
+/// Bits of an unmapped address below its class.
+const PHYSICAL_BITS: u32 = 62;
+/// Bytes that a mapping for the device always has in one piece.
+const PAGE: u64 = 4096;
 /// Largest idef2 and idef4 that a CBE can hold.
 const FIELD_22: u64 = (1 << 22) - 1;
 
@@ -34,6 +50,8 @@ const FIELD_22: u64 = (1 << 22) - 1;
 pub(super) enum Step {
     /// There is more to do.
     More,
+    /// Memory has to change first.
+    Wait,
     /// The instruction is complete, with the old value of an atomic.
     Done(Option<u64>),
 }
@@ -44,10 +62,18 @@ pub(super) enum Stop {
     Fault(Fault),
     /// `ecause` bits.
     Exception(u32),
+    /// A message queue's answer; not an error of the instruction.
+    Message {
+        substatus: SubStatus,
+        avalue: Option<u64>,
+    },
 }
 
 impl Stop {
     const INVALID: Self = Self::Exception(ecause::INVALID_INSTRUCTION);
+    /// No such memory for the device.
+    const NOWHERE: Self = Self::Exception(ecause::ADDRESS_SPACE_DECODE_ERROR);
+    const CLASS: Self = Self::Exception(ecause::IAA_GAA_MISMATCH);
     /// The client truncated the file of the memory that was accessed: what a machine check is to hardware.
     const LOST: Self = Self::Exception(ecause::PE_CHECK_DATA_ERROR);
     const SEGMENT: Self = Self::Exception(ecause::DATA_SEGMENT_LIMIT_EXCEEDED);
@@ -59,12 +85,12 @@ pub(super) struct Operation {
     pub(super) issued: cbe::Copied,
     /// idef4: tri1, or BCOPY's buffer in lines.
     idef4: u32,
-    /// Current offset in the index vector.
+    /// Current offset in the index vector. MESQ: whether the lines are reserved.
     idef4_now: u32,
     /// Current baddr0.
     baddr0: u64,
     nelem: u64,
-    /// Stride in elements, or operand 1. BCOPY: source lines that remain.
+    /// Stride in elements, or operand 1. BCOPY: source lines that remain. MESQ: the head word that it found.
     idef6: u64,
     /// Current baddr1, value, or operand 2.
     idef3: u64,
@@ -91,7 +117,7 @@ impl Operation {
         Self {
             issued,
             idef4,
-            idef4_now: idef4,
+            idef4_now: if control.opc() == Opc::MESQ { 0 } else { idef4 },
             baddr0: operand(cb::BADDR0),
             nelem,
             idef6: operand(cb::STRIDE_OP1),
@@ -138,29 +164,42 @@ impl Operation {
         if opc == Opc::NOP {
             return Ok(Step::Done(None));
         }
-        if self.issued.ima() & cb::ima::UNMAPPED != 0 {
-            // A context that may run unmapped is refused as well: unmapped mode is not implemented.
-            let allowed = env.context.control().unmap_enable();
-            let why = if allowed {
-                ecause::EXECUTION_HW_ERROR
-            } else {
-                ecause::UNMAPPED_MODE_FORBIDDEN
-            };
-            return Err(Stop::Exception(why));
+        env.unmapped = self.issued.ima() & cb::ima::UNMAPPED != 0;
+        if env.unmapped && !env.context.control().unmap_enable() {
+            return Err(Stop::Exception(ecause::UNMAPPED_MODE_FORBIDDEN));
         }
-        let two_addresses = opc == Opc::BCOPY;
-        if self.issued.iaa0() != tfh::GAA_RAM || two_addresses && self.issued.iaa1() != tfh::GAA_RAM {
-            // Every entry is of class RAM (a fill of another class is refused).
-            return Err(Stop::Exception(ecause::IAA_GAA_MISMATCH));
-        }
+        self.check_classes(env)?;
         match opc {
             Opc::BCOPY => self.bcopy(env),
             Opc::VLOAD | Opc::VSTORE | Opc::VSET => self.vector(env),
             Opc::IVLOAD | Opc::IVSTORE | Opc::IVSET => self.indexed(env),
-            Opc::GAMIR => self.implicit_atomic(env),
-            Opc::GAMER => self.explicit_atomic(env),
+            Opc::MESQ => self.message(env),
+            Opc::GAMXR => self.exchange(env),
+            Opc::GAMIR | Opc::GAMIRR => self.implicit_atomic(env),
+            Opc::GAMER | Opc::GAMERR => self.explicit_atomic(env),
+            Opc::BSTORE => self.bstore(env),
+            Opc::VFLUSH => self.vflush(env),
             _ => Err(Stop::INVALID),
         }
+    }
+
+    /// Every TLB entry is of class RAM (a fill of another class is refused), so an operand of another class
+    /// disagrees with it as soon as there is one. Unmapped addresses name their class themselves.
+    fn check_classes(&self, env: &mut Env<'_>) -> Result<(), Stop> {
+        let opc = self.issued.opc();
+        let first = (opc != Opc::BSTORE || env.bstore_source == BstoreSource::Memory)
+            .then_some((self.issued.iaa0(), self.baddr0));
+        let second = matches!(opc, Opc::BCOPY | Opc::BSTORE).then_some((self.issued.iaa1(), self.idef3));
+        for (class, va) in [first, second].into_iter().flatten() {
+            if env.unmapped && u64::from(class) != va >> PHYSICAL_BITS {
+                return Err(Stop::CLASS);
+            }
+            if class != tfh::GAA_RAM {
+                env.access(va, 1, Access::Read)?;
+                return Err(Stop::CLASS);
+            }
+        }
+        Ok(())
     }
 
     fn element_bytes(&self) -> Result<u64, Stop> {
@@ -195,16 +234,27 @@ pub(super) struct Env<'a> {
     /// Cause of a store that finds no entry.
     pub(super) store_miss: tfh::Cause,
     pub(super) index_unit: IndexUnit,
+    pub(super) bstore_source: BstoreSource,
+    /// For unmapped mode.
+    pub(super) dma: &'a dma::Space,
+    /// The instruction is in unmapped mode. Set by [`Operation::step`].
+    pub(super) unmapped: bool,
+    /// One GAMXR at a time.
+    pub(super) exchanging: &'a AtomicBool,
+    pub(super) injector: &'a Injector,
 }
 
 impl Env<'_> {
     /// Translates; the guard covers `len` bytes or fewer.
-    fn access(&mut self, va: u64, len: u64, access: Access) -> Result<Guard<'_>, Stop> {
+    fn access(&mut self, va: u64, len: u64, access: Access) -> Result<Place<'_>, Stop> {
+        if self.unmapped {
+            return self.physical(va, len, access);
+        }
         let space = SpaceId(u64::from(self.context.asid_of(va)));
         match self.engine.access(space, va, len, access) {
             Ok(guard) => {
                 *self.tag = guard.tag().min(*self.tag);
-                Ok(guard)
+                Ok(Place::Translated(guard))
             }
             Err(miss) => {
                 let cause = match (miss, access) {
@@ -217,6 +267,25 @@ impl Env<'_> {
         }
     }
 
+    /// Unmapped mode: `len` bytes or fewer at an IOVA.
+    fn physical(&self, address: u64, len: u64, access: Access) -> Result<Place<'_>, Stop> {
+        if address >> PHYSICAL_BITS != u64::from(tfh::GAA_RAM) {
+            return Err(Stop::NOWHERE);
+        }
+        let need = dma::Prot {
+            read: true,
+            write: access == Access::Write,
+        };
+        let chunk = len.min(atc::CHUNK - address % atc::CHUNK);
+        let page = len.min(PAGE - address % PAGE);
+        // The next page may be in another mapping, or nowhere.
+        self.dma
+            .resolve_for(address, chunk, need)
+            .or_else(|_| self.dma.resolve_for(address, page, need))
+            .map(Place::Physical)
+            .map_err(|_| Stop::NOWHERE)
+    }
+
     /// Moves bytes between `va` and the bounce buffer, where they stand at `at`: at most `len` bytes, whole
     /// elements, at least one. `copy` gets the guard, its piece of the buffer and how far that piece is from
     /// the beginning. Returns the bytes moved.
@@ -226,7 +295,7 @@ impl Env<'_> {
         len: u64,
         element: u64,
         access: Access,
-        mut copy: impl FnMut(&Guard<'_>, &mut [u8], u64),
+        mut copy: impl FnMut(&Place<'_>, &mut [u8], u64),
     ) -> Result<usize, Stop> {
         // Taken out for the time of the guards, which borrow the engine through `self`.
         let bounce = std::mem::take(&mut self.bounce);
@@ -234,15 +303,15 @@ impl Env<'_> {
         let result = loop {
             let want = if done == 0 { len } else { element - done as u64 };
             match self.access(va.wrapping_add(done as u64), want, access) {
-                Ok(guard) => {
-                    let covered = guard.len();
+                Ok(place) => {
+                    let covered = place.len();
                     // Only whole elements, unless the very first one is cut by the guard's end.
                     let whole = covered - covered % element as usize;
                     let take = if done == 0 && whole > 0 { whole } else { covered };
                     let piece = at + done..at + done + take;
-                    copy(&guard, &mut bounce[piece], done as u64);
-                    if guard.check().is_err() {
-                        break Err(Stop::LOST);
+                    copy(&place, &mut bounce[piece], done as u64);
+                    if let Err(lost) = place.check() {
+                        break Err(lost);
                     }
                     done += take;
                 }
@@ -258,23 +327,23 @@ impl Env<'_> {
 
     /// Memory to the bounce buffer's beginning.
     fn load(&mut self, va: u64, len: u64, element: u64) -> Result<usize, Stop> {
-        self.pieces((va, 0), len, element, Access::Read, |guard, piece, _| {
-            guard.read_into(piece)
+        self.pieces((va, 0), len, element, Access::Read, |place, piece, _| {
+            place.read_into(piece)
         })
     }
 
     /// The bounce buffer from `at` to memory.
     fn store(&mut self, va: u64, at: usize, len: u64, element: u64) -> Result<usize, Stop> {
-        self.pieces((va, at), len, element, Access::Write, |guard, piece, _| {
-            guard.write_from(piece)
+        self.pieces((va, at), len, element, Access::Write, |place, piece, _| {
+            place.write_from(piece)
         })
     }
 
     /// Memory to the data segment at BAR2 offset `ds`.
     fn load_segment(&mut self, va: u64, ds: u64, len: u64, element: u64) -> Result<usize, Stop> {
         let memory = self.memory;
-        self.pieces((va, 0), len, element, Access::Read, |guard, piece, done| {
-            guard.read_into(piece);
+        self.pieces((va, 0), len, element, Access::Read, |place, piece, done| {
+            place.read_into(piece);
             memory.store_bytes(ds + done, piece);
         })
     }
@@ -282,9 +351,9 @@ impl Env<'_> {
     /// The data segment at BAR2 offset `ds` to memory.
     fn store_segment(&mut self, va: u64, ds: u64, len: u64, element: u64) -> Result<usize, Stop> {
         let memory = self.memory;
-        self.pieces((va, 0), len, element, Access::Write, |guard, piece, done| {
+        self.pieces((va, 0), len, element, Access::Write, |place, piece, done| {
             memory.load_bytes(ds + done, piece);
-            guard.write_from(piece);
+            place.write_from(piece);
         })
     }
 }
