@@ -1,6 +1,6 @@
 //! The command-line tool: parses, calls, prints.
 //!
-//! Exit codes: 0 fine, 1 error, 2 wrong usage, 3 a stale access was found.
+//! Exit codes: 0 fine, 1 error, 2 wrong usage, 3 a stale access was found; `vm` has its own.
 
 mod allocations;
 mod bench;
@@ -14,6 +14,7 @@ mod inspect;
 mod latency;
 mod stop;
 mod supervise;
+mod vm;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -57,6 +58,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         }),
         Some(Command::Bench(BenchCommand::Invalidate(args))) => bench::invalidate(&args, &mut out).map(done),
         Some(Command::Inspect(args)) => inspect::run(&args, &mut out).map(done),
+        Some(Command::Vm(args)) => vm::run(&args),
         Some(Command::Application(args)) => demo::application::run(&args).map(done),
         Some(Command::Peer(args)) => demo::peer::run(&args).map(done),
         Some(Command::BenchSubject(args)) => bench::subject::run(&args).map(done),

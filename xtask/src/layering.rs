@@ -16,9 +16,11 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &["tlbridge-protos", "tlbridge-driver", "tlbridge-agent"],
     ),
     ("tlbridge-host", &["tlbridge-protos", "tlbridge-driver"]),
+    ("tlbridge-lab", &[]),
     (
         "tlbridge-tests",
         &[
+            "tlbridge-lab",
             "tlbridge-protos",
             "tlbridge-device",
             "tlbridge-driver",
@@ -29,6 +31,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "tlbridge",
         &[
+            "tlbridge-lab",
             "tlbridge-protos",
             "tlbridge-device",
             "tlbridge-driver",
@@ -37,7 +40,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("tlbridge-guest-tests", &["tlbridge-protos"]),
-    ("xtask", &[]),
+    ("xtask", &["tlbridge-lab"]),
 ];
 
 /// Fails with every edge that points the wrong way.
