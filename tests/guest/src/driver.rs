@@ -382,7 +382,8 @@ impl Gru {
             .with_context(|| format!("GRU_CREATE_CONTEXT of {shape:?}"))?;
         self.set(va, Set::Owner).context("GRU_SET_CONTEXT_OPTION")?;
         if let Some(chiplet) = shape.chiplet {
-            self.set(va, Set::Chiplet(chiplet)).context("GRU_SET_CONTEXT_OPTION: chiplet")?;
+            self.set(va, Set::Chiplet(chiplet))
+                .context("GRU_SET_CONTEXT_OPTION: chiplet")?;
         }
         Ok(gseg)
     }
@@ -428,7 +429,10 @@ impl Gseg<'_> {
     }
 
     fn word(&self, offset: u64) -> *mut u64 {
-        assert!(offset.is_multiple_of(8) && offset < map::GSEG_PAGE, "{offset:#x} is no word of a GSEG");
+        assert!(
+            offset.is_multiple_of(8) && offset < map::GSEG_PAGE,
+            "{offset:#x} is no word of a GSEG"
+        );
         // SAFETY: inside the mapping.
         unsafe { self.at.as_ptr().add(offset as usize).cast() }
     }
@@ -532,7 +536,9 @@ impl Gseg<'_> {
     /// The driver refuses.
     pub fn flush(&self, va: u64, len: usize) -> rustix::io::Result<()> {
         let gseg = self.va();
-        self.gru.call(FLUSH_TLB, &mut FlushTlb { gseg, va, len }).map(drop)
+        self.gru
+            .call(FLUSH_TLB, &mut FlushTlb { gseg, va, len })
+            .map(drop)
     }
 
     /// Its counters.

@@ -99,7 +99,10 @@ fn not_served(gseg: &Gseg<'_>) -> Result<()> {
     );
     region.remap_anonymous(3 * PAGE, PAGE)?;
     // The kernel's half of the address space.
-    expect_none(gseg.run(0, &Instruction::vload(0xffff_8880_0000_0000, 0, XType::DWORD, 1, 1))?)?;
+    expect_none(gseg.run(
+        0,
+        &Instruction::vload(0xffff_8880_0000_0000, 0, XType::DWORD, 1, 1),
+    )?)?;
     expect_none(gseg.run(0, &Instruction::vload(0x1000, 0, XType::DWORD, 1, 1))?)?;
     // A GSEG is no memory for a GRU.
     expect_none(gseg.run(0, &Instruction::vload(gseg.va(), 0, XType::DWORD, 1, 1))?)?;
@@ -119,7 +122,10 @@ fn load(gseg: &Gseg<'_>, va: u64, want: u64) -> Result<()> {
         .done()
         .with_context(|| format!("load from {va:#x}"))?;
     let got = gseg.read_ds(0, 1)[0];
-    ensure!(got == want, "{va:#x} holds {want:#x}, the GRU has loaded {got:#x}");
+    ensure!(
+        got == want,
+        "{va:#x} holds {want:#x}, the GRU has loaded {got:#x}"
+    );
     Ok(())
 }
 

@@ -43,7 +43,9 @@ fn dump(gru: &Gru) -> Outcome {
     gseg.run(0, &Instruction::nop())?.done()?;
     let mut buffer = vec![0; 64 << 10];
     let contexts = gru.dump(0, -1, &mut buffer).context("GRU_DUMP_CHIPLET_STATE")?;
-    Ok(format!("{contexts} contexts dumped: this processor has no SMAP, or it is off"))
+    Ok(format!(
+        "{contexts} contexts dumped: this processor has no SMAP, or it is off"
+    ))
 }
 
 fn prot_none(gru: &Gru) -> Outcome {
@@ -59,7 +61,10 @@ fn prot_none(gru: &Gru) -> Outcome {
         if end.no_memory()? {
             bail!("{misses:?}: the load was refused: the driver is in order");
         }
-        ensure!(gseg.read_ds(0, 1)[0] == 0x5ec, "{misses:?}: something else was loaded");
+        ensure!(
+            gseg.read_ds(0, 1)[0] == 0x5ec,
+            "{misses:?}: something else was loaded"
+        );
     }
     Ok("memory that nobody may access was loaded".into())
 }
@@ -117,7 +122,8 @@ fn migration(gru: &Gru, rounds: u64) -> Outcome {
             let mut loads = 0;
             while !stop.load(Ordering::Acquire) {
                 let at = region.va((loads as usize * 37 % 512) * PAGE);
-                gseg.run(0, &Instruction::vload(at, 0, XType::DWORD, 1, 1))?.done()?;
+                gseg.run(0, &Instruction::vload(at, 0, XType::DWORD, 1, 1))?
+                    .done()?;
                 loads += 1;
             }
             Ok(loads)
@@ -140,7 +146,8 @@ fn migration(gru: &Gru, rounds: u64) -> Outcome {
 fn unload_kernel(gru: &Gru) -> Outcome {
     for _ in 0..10 {
         ensure!(gru.ktest(0)? == 0, "the driver's test fails");
-        gru.unload_all().context("GRU_USER_UNLOAD_CONTEXT of everything")?;
+        gru.unload_all()
+            .context("GRU_USER_UNLOAD_CONTEXT of everything")?;
         gru.ktest(99)?;
     }
     Ok("the driver has saved a context where it has no room for one (slub_debug=FZPU tells)".into())

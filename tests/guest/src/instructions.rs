@@ -16,7 +16,13 @@ use crate::memory::{PAGE, Region};
 use crate::numbers::Numbers;
 use crate::queue;
 
-const SIZES: [XType; 5] = [XType::BYTE, XType::SHORT, XType::WORD, XType::DWORD, XType::CACHE_LINE];
+const SIZES: [XType; 5] = [
+    XType::BYTE,
+    XType::SHORT,
+    XType::WORD,
+    XType::DWORD,
+    XType::CACHE_LINE,
+];
 const PAGES: usize = 8;
 /// Bytes of the data segment.
 const DS: usize = 8192;
@@ -38,7 +44,9 @@ pub fn run(gru: &Gru, ways: &[Misses], rounds: u64, seed: u64) -> Outcome {
                 numbers: Numbers::new(seed + round),
                 count: 0,
             };
-            bench.all().with_context(|| format!("{misses:?}, round {round}"))?;
+            bench
+                .all()
+                .with_context(|| format!("{misses:?}, round {round}"))?;
             count += bench.count;
         }
     }
@@ -70,14 +78,18 @@ impl Bench<'_> {
     fn all(&mut self) -> Result<()> {
         self.nothing().context("NOP")?;
         for size in SIZES {
-            self.vectors(size).with_context(|| format!("vectors of {size:?}"))?;
-            self.indexed(size).with_context(|| format!("indexed vectors of {size:?}"))?;
+            self.vectors(size)
+                .with_context(|| format!("vectors of {size:?}"))?;
+            self.indexed(size)
+                .with_context(|| format!("indexed vectors of {size:?}"))?;
             self.copies(size).with_context(|| format!("copies of {size:?}"))?;
             self.flush(size).with_context(|| format!("VFLUSH of {size:?}"))?;
         }
         for size in [XType::WORD, XType::DWORD] {
-            self.implicit(size).with_context(|| format!("implicit atomics of {size:?}"))?;
-            self.explicit(size).with_context(|| format!("explicit atomics of {size:?}"))?;
+            self.implicit(size)
+                .with_context(|| format!("implicit atomics of {size:?}"))?;
+            self.explicit(size)
+                .with_context(|| format!("explicit atomics of {size:?}"))?;
             self.polls(size).with_context(|| format!("polls of {size:?}"))?;
         }
         self.exchange().context("GAMXR")?;
@@ -136,14 +148,20 @@ impl Bench<'_> {
             let place = |i: usize| at + i * stride * element;
 
             let (memory, mut ds) = (self.scramble(), self.scramble_ds());
-            self.run(0, &Instruction::vload(va, tri as u32, size, count as u64, stride as u64))?;
+            self.run(
+                0,
+                &Instruction::vload(va, tri as u32, size, count as u64, stride as u64),
+            )?;
             for i in 0..count {
                 ds[tri + i * element..][..element].copy_from_slice(&memory[place(i)..][..element]);
             }
             self.expect_ds(&ds).context("VLOAD")?;
 
             let (mut memory, ds) = (self.scramble(), self.scramble_ds());
-            self.run(1, &Instruction::vstore(va, tri as u32, size, count as u64, stride as u64))?;
+            self.run(
+                1,
+                &Instruction::vstore(va, tri as u32, size, count as u64, stride as u64),
+            )?;
             for i in 0..count {
                 memory[place(i)..][..element].copy_from_slice(&ds[tri + i * element..][..element]);
             }
@@ -152,7 +170,10 @@ impl Bench<'_> {
             // A line is set by repeating the value.
             let value = self.numbers.word();
             let mut memory = self.scramble();
-            self.run(2, &Instruction::vset(va, value, size, count as u64, stride as u64))?;
+            self.run(
+                2,
+                &Instruction::vset(va, value, size, count as u64, stride as u64),
+            )?;
             for i in 0..count {
                 for b in 0..element {
                     memory[place(i) + b] = value.to_le_bytes()[b % 8];
@@ -183,14 +204,20 @@ impl Bench<'_> {
         self.expect_ds(&ds).context("IVLOAD")?;
 
         let mut memory = self.scramble();
-        self.run(1, &Instruction::ivstore(va, tri, index as u32, size, count as u64))?;
+        self.run(
+            1,
+            &Instruction::ivstore(va, tri, index as u32, size, count as u64),
+        )?;
         for (i, &place) in places.iter().enumerate() {
             memory[place..][..element].copy_from_slice(&ds[tri as usize + i * element..][..element]);
         }
         self.expect_memory(&memory).context("IVSTORE")?;
 
         let value = self.numbers.word();
-        self.run(2, &Instruction::ivset(va, index as u32, value, size, count as u64))?;
+        self.run(
+            2,
+            &Instruction::ivset(va, index as u32, value, size, count as u64),
+        )?;
         for &place in &places {
             for b in 0..element {
                 memory[place + b] = value.to_le_bytes()[b % 8];
@@ -218,7 +245,8 @@ impl Bench<'_> {
             );
             self.run(3, &copy)?;
             memory.copy_within(from..from + len, to);
-            self.expect_memory(&memory).with_context(|| format!("BCOPY of {len} bytes"))?;
+            self.expect_memory(&memory)
+                .with_context(|| format!("BCOPY of {len} bytes"))?;
         }
         let (mut memory, ds) = (self.scramble(), self.scramble_ds());
         let (tri, to, count) = (512, 3 * PAGE - 64, 40 / element.min(8));
@@ -235,8 +263,19 @@ impl Bench<'_> {
     }
 
     /// Two processors' worth of a word: what an atomic found, and what it left.
-    fn atomic(&mut self, instruction: &Instruction, size: XType, at: usize, old: u64, new: u64) -> Result<()> {
-        let part = if size == XType::WORD { u64::from(u32::MAX) } else { u64::MAX };
+    fn atomic(
+        &mut self,
+        instruction: &Instruction,
+        size: XType,
+        at: usize,
+        old: u64,
+        new: u64,
+    ) -> Result<()> {
+        let part = if size == XType::WORD {
+            u64::from(u32::MAX)
+        } else {
+            u64::MAX
+        };
         let other = !part & 0x5555_5555_5555_5555;
         self.region.store(at, other | old & part);
         let found = self.run(1, instruction)?;
@@ -270,7 +309,13 @@ impl Bench<'_> {
                 self.atomic(&Instruction::gamirr(va, op, size), size, at, old, new)?;
             }
             let least = old.saturating_sub(1);
-            self.atomic(&Instruction::gamirr(va, ImplicitOp::DECZ, size), size, at, old, least)?;
+            self.atomic(
+                &Instruction::gamirr(va, ImplicitOp::DECZ, size),
+                size,
+                at,
+                old,
+                least,
+            )?;
         }
         Ok(())
     }
@@ -278,7 +323,11 @@ impl Bench<'_> {
     fn explicit(&mut self, size: XType) -> Result<()> {
         let at = 5 * PAGE + 16;
         let va = self.region.va(at);
-        let (old, a, b) = (0xf0f0_1234_8765_4321, 0x0ff0_00ff_1111_ffff, 0xf0f0_1234_8765_4321);
+        let (old, a, b) = (
+            0xf0f0_1234_8765_4321,
+            0x0ff0_00ff_1111_ffff,
+            0xf0f0_1234_8765_4321,
+        );
         for (op, op2, new) in [
             (ExplicitOp::SWAP, 0, a),
             (ExplicitOp::OR, 0, old | a),
@@ -345,11 +394,21 @@ impl Bench<'_> {
             self.gseg.write_ds(0, &operands);
             let found = self.run(0, &Instruction::gamxr(va, 0, 4))?;
             ensure!(found == old[0], "avalue is {found:#x}");
-            ensure!(self.gseg.read_ds(96, 4) == old, "the old words are not in the data segment");
+            ensure!(
+                self.gseg.read_ds(96, 4) == old,
+                "the old words are not in the data segment"
+            );
             for i in 0..4 {
-                let want = if equal { old[i] & !mask[i] | new[i] & mask[i] } else { old[i] };
+                let want = if equal {
+                    old[i] & !mask[i] | new[i] & mask[i]
+                } else {
+                    old[i]
+                };
                 let got = self.region.load(at + 8 * i);
-                ensure!(got == want, "word {i} is {got:#x}, not {want:#x} (equal: {equal})");
+                ensure!(
+                    got == want,
+                    "word {i} is {got:#x}, not {want:#x} (equal: {equal})"
+                );
             }
         }
         Ok(())

@@ -30,12 +30,18 @@ pub fn run(gru: &Gru, rounds: u64) -> Outcome {
                 let result = gru
                     .ktest(test)
                     .with_context(|| format!("test {test}, round {round}, CPU {cpu} (details: dmesg)"))?;
-                ensure!(result == 0, "test {test}, round {round}, CPU {cpu} returned {result}");
+                ensure!(
+                    result == 0,
+                    "test {test}, round {round}, CPU {cpu} returned {result}"
+                );
             }
         }
     }
     let invalid = gru.ktest(4).err();
-    ensure!(invalid == Some(rustix::io::Errno::INVAL), "test 4 does not exist: {invalid:?}");
+    ensure!(
+        invalid == Some(rustix::io::Errno::INVAL),
+        "test 4 does not exist: {invalid:?}"
+    );
     let unknown = unknown_ioctl(gru).err().and_then(|e| e.raw_os_error());
     ensure!(unknown == Some(libc::EBADRQC), "an unknown ioctl: {unknown:?}");
     Ok(format!("{rounds} rounds of 0, 1, 2, 3 and 99 on {cpus} CPUs"))

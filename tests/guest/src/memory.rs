@@ -107,7 +107,11 @@ impl Region {
     }
 
     fn part(&self, offset: usize, len: usize) -> *mut c_void {
-        assert!(offset + len <= self.len, "{offset:#x}+{len:#x} of {:#x}", self.len);
+        assert!(
+            offset + len <= self.len,
+            "{offset:#x}+{len:#x} of {:#x}",
+            self.len
+        );
         (self.at + offset) as *mut c_void
     }
 
@@ -129,7 +133,8 @@ impl Region {
     pub fn remap_hugetlb(&self, offset: usize, len: usize) -> Result<()> {
         let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::HUGETLB;
         // SAFETY: as above.
-        unsafe { mmap_anonymous(self.part(offset, len), len, READ_WRITE, flags) }.context("mmap of huge pages")?;
+        unsafe { mmap_anonymous(self.part(offset, len), len, READ_WRITE, flags) }
+            .context("mmap of huge pages")?;
         Ok(())
     }
 
@@ -162,7 +167,13 @@ impl Region {
     pub fn move_to(&self, offset: usize, len: usize, other: &Self, to: usize) -> Result<()> {
         // SAFETY: both ranges are ours.
         unsafe {
-            mremap_fixed(self.part(offset, len), len, len, MremapFlags::MAYMOVE, other.part(to, len))
+            mremap_fixed(
+                self.part(offset, len),
+                len,
+                len,
+                MremapFlags::MAYMOVE,
+                other.part(to, len),
+            )
         }
         .context("mremap")?;
         Ok(())
@@ -225,7 +236,10 @@ impl Region {
     /// The words of a part.
     #[must_use]
     pub fn words(&self, offset: usize, len: usize) -> Vec<u64> {
-        (offset..offset + len).step_by(8).map(|at| self.load(at)).collect()
+        (offset..offset + len)
+            .step_by(8)
+            .map(|at| self.load(at))
+            .collect()
     }
 }
 
@@ -239,7 +253,6 @@ pub fn memory_file(len: usize) -> Result<std::os::fd::OwnedFd> {
     ftruncate(&file, len as u64).context("ftruncate")?;
     Ok(file)
 }
-
 
 /// Loads a word of a mapping that is no [`Region`].
 pub fn touch(va: u64) {

@@ -44,15 +44,27 @@ pub fn test(gseg: &Gseg<'_>) -> Result<()> {
     for round in 0..5u64 {
         for number in 0..4 {
             let sent = queue.send(round << 8 | number)?;
-            ensure!(sent == Sent::Yes, "round {round}: message {number} of 4 finds a full queue");
+            ensure!(
+                sent == Sent::Yes,
+                "round {round}: message {number} of 4 finds a full queue"
+            );
         }
         let sent = queue.send(0xdead)?;
-        ensure!(sent == Sent::Full, "round {round}: a fifth message fits into a queue of four");
+        ensure!(
+            sent == Sent::Full,
+            "round {round}: a fifth message fits into a queue of four"
+        );
         for number in 0..4 {
             let got = queue.receive();
-            ensure!(got == Some(round << 8 | number), "round {round}: message {number} is {got:x?}");
+            ensure!(
+                got == Some(round << 8 | number),
+                "round {round}: message {number} is {got:x?}"
+            );
         }
-        ensure!(queue.receive().is_none(), "round {round}: a message that nobody has sent");
+        ensure!(
+            queue.receive().is_none(),
+            "round {round}: a message that nobody has sent"
+        );
     }
     Ok(())
 }
@@ -60,7 +72,8 @@ pub fn test(gseg: &Gseg<'_>) -> Result<()> {
 impl Queue<'_> {
     fn send(&self, value: u64) -> Result<Sent> {
         let word = u64::from(present::FULL) << (8 * header::PRESENT) | 1 << (8 * header::LINES);
-        self.gseg.write_ds(0, &[word, value, !value, value, value, value, value, !value]);
+        self.gseg
+            .write_ds(0, &[word, value, !value, value, value, value, value, !value]);
         for _ in 0..100 {
             match self.gseg.run(0, &Instruction::mesq(self.memory.va(0), 0, 1))? {
                 End::Done(_) => return Ok(Sent::Yes),
@@ -86,16 +99,25 @@ impl Queue<'_> {
 
     /// To the other half, if the receiver has given it free. (The half is full: no filler is needed.)
     fn switch(&self, full: Head) -> Result<bool> {
-        ensure!(full.head() == full.limit(), "one-line messages leave no room: {full:?}");
+        ensure!(
+            full.head() == full.limit(),
+            "one-line messages leave no room: {full:?}"
+        );
         let half = usize::from(full.limit() != self.qlines);
         let lock = self.memory.va(layout::hstatus(half) as usize);
         if self.run(&Instruction::gamir(lock, ImplicitOp::CLEAR, XType::DWORD))? == 0 {
             return Ok(false);
         }
-        let (new, old) = (layout::start_of_half(self.qlines, half).into_bits(), full.into_bits());
+        let (new, old) = (
+            layout::start_of_half(self.qlines, half).into_bits(),
+            full.into_bits(),
+        );
         let swap = Instruction::gamer(self.memory.va(0), ExplicitOp::CSWAP, new, old, XType::DWORD);
         let found = self.run(&swap)?;
-        ensure!(found == old, "nobody else sends, and the head word is {found:#x}, not {old:#x}");
+        ensure!(
+            found == old,
+            "nobody else sends, and the head word is {found:#x}, not {old:#x}"
+        );
         Ok(true)
     }
 

@@ -98,7 +98,9 @@ fn one(gseg: &Gseg<'_>, round: u64, opened: &mut u64) -> Result<Option<String>> 
         .context("the load after the change")?;
     let got = gseg.read_ds(8, 1)[0];
     if got != new {
-        return Ok(Some(format!("loaded {got}, not {new} (the page before had {old})")));
+        return Ok(Some(format!(
+            "loaded {got}, not {new} (the page before had {old})"
+        )));
     }
     gseg.run(0, &Instruction::vset(at, 1 << 40, XType::DWORD, 1, 1))?
         .done()

@@ -62,7 +62,8 @@ pub fn part(gru: &Gru, rounds: u64) -> Outcome {
             .map(|number| {
                 let (done, stop) = (&done, &stop);
                 scope.spawn(move || {
-                    let result = one(gru, number, rounds, done, stop).with_context(|| format!("context {number}"));
+                    let result =
+                        one(gru, number, rounds, done, stop).with_context(|| format!("context {number}"));
                     if result.is_err() {
                         // Nobody has to wait for this one any more.
                         done.fetch_add(1, Ordering::SeqCst);
@@ -79,7 +80,10 @@ pub fn part(gru: &Gru, rounds: u64) -> Outcome {
         // Closed when the other parts are there, too.
         std::io::stdin().read_to_end(&mut Vec::new()).context("stdin")?;
         stop.store(true, Ordering::SeqCst);
-        threads.into_iter().map(|thread| thread.join().expect("no panic")).sum()
+        threads
+            .into_iter()
+            .map(|thread| thread.join().expect("no panic"))
+            .sum()
     })?;
     Ok(format!("{count} contexts, {all} rounds"))
 }
@@ -93,19 +97,31 @@ fn one(gru: &Gru, number: usize, rounds: u64, done: &AtomicUsize, stop: &AtomicB
         ..Shape::default()
     })?;
     let region = Region::anonymous(2 * PAGE)?;
-    let pattern = |round: u64| -> Vec<u64> { (0..64).map(|i| (number as u64) << 32 | round << 8 | i).collect() };
+    let pattern =
+        |round: u64| -> Vec<u64> { (0..64).map(|i| (number as u64) << 32 | round << 8 | i).collect() };
     gseg.write_ds(0, &pattern(0));
     for round in 0u64.. {
         let want = pattern(round);
-        ensure!(gseg.read_ds(0, 64) == want, "round {round}: the data segment is another one");
+        ensure!(
+            gseg.read_ds(0, 64) == want,
+            "round {round}: the data segment is another one"
+        );
         let at = region.va(PAGE - 256);
-        gseg.run(0, &Instruction::vstore(at, 0, XType::DWORD, 64, 1))?.done()?;
-        ensure!(region.words(PAGE - 256, 512) == want, "round {round}: wrong data was stored");
+        gseg.run(0, &Instruction::vstore(at, 0, XType::DWORD, 64, 1))?
+            .done()?;
+        ensure!(
+            region.words(PAGE - 256, 512) == want,
+            "round {round}: wrong data was stored"
+        );
         region.store(PAGE, !0);
-        gseg.run(1, &Instruction::vload(at, 512, XType::DWORD, 64, 1))?.done()?;
+        gseg.run(1, &Instruction::vload(at, 512, XType::DWORD, 64, 1))?
+            .done()?;
         let mut changed = want;
         changed[32] = !0;
-        ensure!(gseg.read_ds(512, 64) == changed, "round {round}: wrong data was loaded");
+        ensure!(
+            gseg.read_ds(512, 64) == changed,
+            "round {round}: wrong data was loaded"
+        );
         gseg.write_ds(0, &pattern(round + 1));
         if round + 1 == rounds {
             done.fetch_add(1, Ordering::SeqCst);

@@ -50,7 +50,9 @@ pub fn run(gru: &Gru, rounds: u64, seed: u64) -> Outcome {
     }
     ensure!(copies > 0, "not one copy was made: the test says nothing");
     let loaded = crate::statistics::counter("load_user_context")?;
-    Ok(format!("{copies} verified copies, contexts loaded {loaded} times so far"))
+    Ok(format!(
+        "{copies} verified copies, contexts loaded {loaded} times so far"
+    ))
 }
 
 /// Copies back and forth until told to stop, and at least once.
@@ -70,13 +72,19 @@ fn copy(gseg: &Gseg<'_>, stop: &AtomicBool) -> Result<u64> {
             .with_context(|| format!("copy {copies}"))?;
         for page in 0..PAGES {
             let want = copies << 8 | page as u64 | 1 << 60;
-            let wrong = to.words(page * PAGE, PAGE).into_iter().position(|word| word != want);
+            let wrong = to
+                .words(page * PAGE, PAGE)
+                .into_iter()
+                .position(|word| word != want);
             ensure!(
                 wrong.is_none(),
                 "copy {copies}: page {page} is wrong from word {wrong:?} on"
             );
         }
-        ensure!(gseg.read_ds(2048, 64) == kept, "the data segment has changed over an unload");
+        ensure!(
+            gseg.read_ds(2048, 64) == kept,
+            "the data segment has changed over an unload"
+        );
         copies += 1;
         if stop.load(Ordering::Acquire) {
             return Ok(copies);

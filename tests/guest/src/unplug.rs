@@ -25,7 +25,10 @@ pub fn run(gru: &Gru) -> Outcome {
         .find(|entry| entry.file_name().to_string_lossy().starts_with("0000:"))
         .context("no function is bound")?;
     // Two programs in the middle of work: one in the interrupt's way, and a kernel context.
-    ensure!(gru.ktest(0).context("the driver's test")? == 0, "the driver's test fails");
+    ensure!(
+        gru.ktest(0).context("the driver's test")? == 0,
+        "the driver's test fails"
+    );
     let mut children = Vec::new();
     for _ in 0..2 {
         children.push(
@@ -81,5 +84,9 @@ fn victim(gru: &Gru) -> Outcome {
 
 /// An instruction that is aborted by the removal is all right: the next touch is not.
 fn lost(error: anyhow::Error) -> Result<u64> {
-    if error.to_string().contains("exception") { Ok(0) } else { Err(error) }
+    if error.to_string().contains("exception") {
+        Ok(0)
+    } else {
+        Err(error)
+    }
 }

@@ -4,8 +4,8 @@
 //! complete before a load began must not be older than that. `stores`: what must not change does not.
 
 mod stores;
-mod tracked;
 mod tearing;
+mod tracked;
 
 use anyhow::ensure;
 
@@ -52,6 +52,9 @@ pub fn run(gru: &Gru, kind: Kind, rounds: u64, seed: u64) -> Outcome {
         said.push(outcome.map_err(|e| e.context(format!("{misses:?}")))?);
     }
     let flushes = counter("flush_tlb_gru_tgh")? - before;
-    ensure!(flushes > 0, "the driver has flushed nothing: the test says nothing");
+    ensure!(
+        flushes > 0,
+        "the driver has flushed nothing: the test says nothing"
+    );
     Ok(format!("{}; {flushes} flushes by TGH", said.join("; ")))
 }

@@ -44,7 +44,10 @@ impl<'a> Writing<'a> {
     }
 
     fn windows(&self) -> (u64, u64) {
-        (self.perhaps.load(Ordering::SeqCst), self.certainly.load(Ordering::SeqCst))
+        (
+            self.perhaps.load(Ordering::SeqCst),
+            self.certainly.load(Ordering::SeqCst),
+        )
     }
 
     /// Sets page after page until told to stop, and at least once.
@@ -62,7 +65,10 @@ impl<'a> Writing<'a> {
                 written.refused += 1;
             } else {
                 let forbidden = certainly == certainly_now && !certainly.is_multiple_of(2);
-                ensure!(!forbidden, "STALE: a store that began when memory was read-only has succeeded");
+                ensure!(
+                    !forbidden,
+                    "STALE: a store that began when memory was read-only has succeeded"
+                );
                 written.pages += 1;
                 let words = self.region.words(page * PAGE, PAGE);
                 ensure!(
@@ -80,7 +86,9 @@ impl<'a> Writing<'a> {
 
     /// Looks at every page until it is likely that a store that was under way has ended; nothing may change.
     fn unchanged(&self) -> Result<()> {
-        let before: Vec<_> = (0..PAGES).map(|page| self.region.words(page * PAGE, PAGE)).collect();
+        let before: Vec<_> = (0..PAGES)
+            .map(|page| self.region.words(page * PAGE, PAGE))
+            .collect();
         for _ in 0..LOOKS {
             for (page, before) in before.iter().enumerate() {
                 ensure!(
@@ -102,17 +110,24 @@ pub fn protected(gru: &Gru, misses: Misses, rounds: u64) -> Result<String> {
     let region = Region::anonymous(PAGES * PAGE)?;
     region.fill(0, PAGES * PAGE, 0);
     let writing = Writing::new(&gseg, &region);
-    let written = under_stores(&writing, |_| {
-        writing.perhaps.fetch_add(1, Ordering::SeqCst);
-        region.protect(0, PAGES * PAGE, MprotectFlags::READ)?;
-        writing.certainly.fetch_add(1, Ordering::SeqCst);
-        writing.unchanged()?;
-        writing.certainly.fetch_add(1, Ordering::SeqCst);
-        region.protect(0, PAGES * PAGE, MprotectFlags::READ | MprotectFlags::WRITE)?;
-        writing.perhaps.fetch_add(1, Ordering::SeqCst);
-        Ok(())
-    }, rounds)?;
-    ensure!(written.refused > 0, "no store was ever refused: the test says nothing");
+    let written = under_stores(
+        &writing,
+        |_| {
+            writing.perhaps.fetch_add(1, Ordering::SeqCst);
+            region.protect(0, PAGES * PAGE, MprotectFlags::READ)?;
+            writing.certainly.fetch_add(1, Ordering::SeqCst);
+            writing.unchanged()?;
+            writing.certainly.fetch_add(1, Ordering::SeqCst);
+            region.protect(0, PAGES * PAGE, MprotectFlags::READ | MprotectFlags::WRITE)?;
+            writing.perhaps.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        },
+        rounds,
+    )?;
+    ensure!(
+        written.refused > 0,
+        "no store was ever refused: the test says nothing"
+    );
     Ok(format!(
         "{misses:?}: {rounds} rounds, {} pages stored, {} refused",
         written.pages, written.refused
@@ -129,23 +144,33 @@ pub fn forked(gru: &Gru, misses: Misses, rounds: u64) -> Result<String> {
     region.fill(0, PAGES * PAGE, 0);
     let writing = Writing::new(&gseg, &region);
     let mut before = vec![0; PAGES * PAGE / 8];
-    let written = under_stores(&writing, |_| {
-        // SAFETY: the child only reads memory and ends, by _exit.
-        let child = unsafe { libc::fork() };
-        if child == 0 {
-            let code = i32::from(changes(&region, &mut before));
-            // SAFETY: ends the child without running anything of the parent's.
-            unsafe { libc::_exit(code) }
-        }
-        ensure!(child > 0, "fork: {}", std::io::Error::last_os_error());
-        let mut status = 0;
-        // SAFETY: our own child.
-        let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
-        ensure!(waited == child, "waitpid: {}", std::io::Error::last_os_error());
-        ensure!(status == 0, "STALE: the child's memory has changed (status {status:#x})");
-        Ok(())
-    }, rounds)?;
-    Ok(format!("{misses:?}: {rounds} children, {} pages stored", written.pages))
+    let written = under_stores(
+        &writing,
+        |_| {
+            // SAFETY: the child only reads memory and ends, by _exit.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                let code = i32::from(changes(&region, &mut before));
+                // SAFETY: ends the child without running anything of the parent's.
+                unsafe { libc::_exit(code) }
+            }
+            ensure!(child > 0, "fork: {}", std::io::Error::last_os_error());
+            let mut status = 0;
+            // SAFETY: our own child.
+            let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
+            ensure!(waited == child, "waitpid: {}", std::io::Error::last_os_error());
+            ensure!(
+                status == 0,
+                "STALE: the child's memory has changed (status {status:#x})"
+            );
+            Ok(())
+        },
+        rounds,
+    )?;
+    Ok(format!(
+        "{misses:?}: {rounds} children, {} pages stored",
+        written.pages
+    ))
 }
 
 /// In the child: whether memory changes. Allocates nothing.
@@ -153,7 +178,12 @@ fn changes(region: &Region, before: &mut [u64]) -> bool {
     for (i, word) in before.iter_mut().enumerate() {
         *word = region.load(8 * i);
     }
-    (0..LOOKS).any(|_| before.iter().enumerate().any(|(i, &word)| region.load(8 * i) != word))
+    (0..LOOKS).any(|_| {
+        before
+            .iter()
+            .enumerate()
+            .any(|(i, &word)| region.load(8 * i) != word)
+    })
 }
 
 fn under_stores(

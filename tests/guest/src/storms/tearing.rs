@@ -35,9 +35,27 @@ pub fn run(gru: &Gru, kind: Kind, misses: Misses, rounds: u64, seed: u64) -> Res
     let single = Rules { run: 1, ..plain };
     let (region, offsets, rules) = match kind {
         Kind::Madvise | Kind::Memcg => (Region::anonymous(PAGES * PAGE)?, small, plain),
-        Kind::Munmap | Kind::Mremap => (Region::anonymous(PAGES * PAGE)?, small, Rules { vanish: true, ..plain }),
-        Kind::Ksm => (Region::anonymous(PAGES * PAGE)?, small, Rules { alike: true, ..plain }),
-        Kind::Hugetlb => (Region::hugetlb(HUGE_PAGES * HUGE)?, huge, Rules { vanish: true, ..single }),
+        Kind::Munmap | Kind::Mremap => (
+            Region::anonymous(PAGES * PAGE)?,
+            small,
+            Rules {
+                vanish: true,
+                ..plain
+            },
+        ),
+        Kind::Ksm => (
+            Region::anonymous(PAGES * PAGE)?,
+            small,
+            Rules { alike: true, ..plain },
+        ),
+        Kind::Hugetlb => (
+            Region::hugetlb(HUGE_PAGES * HUGE)?,
+            huge,
+            Rules {
+                vanish: true,
+                ..single
+            },
+        ),
         Kind::Thp => (Region::huge(HUGE_PAGES * HUGE)?, huge, single),
         Kind::Mprotect | Kind::Fork => bail!("{kind:?} is a storm of stores"),
     };
@@ -71,7 +89,9 @@ pub fn run(gru: &Gru, kind: Kind, misses: Misses, rounds: u64, seed: u64) -> Res
                 if stop.load(Ordering::Acquire) {
                     break;
                 }
-                storm.strike(round, &mut numbers).with_context(|| format!("round {round}"))?;
+                storm
+                    .strike(round, &mut numbers)
+                    .with_context(|| format!("round {round}"))?;
             }
             Ok(())
         };
@@ -81,7 +101,10 @@ pub fn run(gru: &Gru, kind: Kind, misses: Misses, rounds: u64, seed: u64) -> Res
         struck?;
         Ok(seen)
     })?;
-    ensure!(seen.copies > 0, "not one copy was compared: the test says nothing");
+    ensure!(
+        seen.copies > 0,
+        "not one copy was compared: the test says nothing"
+    );
     let what = storm.end()?;
     Ok(format!(
         "{misses:?}: {rounds} rounds, {} copies compared, {} found nothing{what}",
@@ -163,7 +186,9 @@ impl<'a> Storm<'a> {
             Kind::Mremap => self.move_in(page),
             Kind::Hugetlb => {
                 let huge = offset / HUGE * HUGE;
-                let all: Vec<_> = (0..pages.len()).filter(|&p| pages.offset(p) / HUGE * HUGE == huge).collect();
+                let all: Vec<_> = (0..pages.len())
+                    .filter(|&p| pages.offset(p) / HUGE * HUGE == huge)
+                    .collect();
                 pages.change_all(&all, || match round % 2 {
                     0 => region.advise(huge, HUGE, Advice::LinuxDontNeed),
                     _ => {
@@ -257,7 +282,9 @@ impl<'a> Storm<'a> {
                     _ => Ok(()),
                 }
             }
-            1 => self.region.advise(self.pages.offset(page), PAGE, Advice::LinuxPageOut),
+            1 => self
+                .region
+                .advise(self.pages.offset(page), PAGE, Advice::LinuxPageOut),
             _ => self.pages.change(page, || Ok(())),
         }
     }
@@ -274,7 +301,10 @@ impl<'a> Storm<'a> {
     fn end(self) -> Result<String> {
         Ok(match self.kind {
             Kind::Thp => {
-                ensure!(self.collapsed > 0, "no huge page was ever made: the test says nothing");
+                ensure!(
+                    self.collapsed > 0,
+                    "no huge page was ever made: the test says nothing"
+                );
                 format!(", {} times collapsed", self.collapsed)
             }
             Kind::Ksm => {
@@ -284,7 +314,10 @@ impl<'a> Storm<'a> {
             }
             Kind::Memcg => {
                 let pages = swapped_out()? - self.counted;
-                ensure!(pages > 0, "nothing was swapped out (is there swap?): the test says nothing");
+                ensure!(
+                    pages > 0,
+                    "nothing was swapped out (is there swap?): the test says nothing"
+                );
                 format!(", {pages} pages swapped out")
             }
             _ => String::new(),

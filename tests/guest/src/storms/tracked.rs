@@ -121,7 +121,8 @@ impl<'a> Pages<'a> {
         }
         tear()?;
         for &page in pages {
-            self.region.fill(self.offset(page), PAGE, self.word(page, self.next(page)));
+            self.region
+                .fill(self.offset(page), PAGE, self.word(page, self.next(page)));
         }
         self.settle(pages);
         Ok(())
@@ -153,16 +154,28 @@ impl<'a> Pages<'a> {
         let run = 1 + numbers.below(self.rules.run);
         let first = numbers.below(self.pages.len() + 1 - run);
         let pages = first..first + run;
-        let low: Vec<_> = pages.clone().map(|p| self.pages[p].stable.load(Ordering::SeqCst)).collect();
+        let low: Vec<_> = pages
+            .clone()
+            .map(|p| self.pages[p].stable.load(Ordering::SeqCst))
+            .collect();
         let from = self.region.va(self.offset(first));
         let lines = (run * PAGE / 64) as u64;
         let copy = Instruction::bcopy(from, into.va(0), 0, 16, XType::CACHE_LINE, lines);
         gseg.start(0, &copy);
         self.begun.fetch_add(1, Ordering::SeqCst);
-        let vanished = gseg.wait(0)?.no_memory().with_context(|| format!("copy of page {first}"))?;
-        let high: Vec<_> = pages.clone().map(|p| self.pages[p].started.load(Ordering::SeqCst)).collect();
+        let vanished = gseg
+            .wait(0)?
+            .no_memory()
+            .with_context(|| format!("copy of page {first}"))?;
+        let high: Vec<_> = pages
+            .clone()
+            .map(|p| self.pages[p].started.load(Ordering::SeqCst))
+            .collect();
         if vanished {
-            ensure!(self.rules.vanish, "pages {first}+{run} were always there, and the GRU did not find them");
+            ensure!(
+                self.rules.vanish,
+                "pages {first}+{run} were always there, and the GRU did not find them"
+            );
             ensure!(
                 low.iter().zip(&high).any(|(low, high)| low < high),
                 "pages {first}+{run} did not change, and the GRU did not find them"
