@@ -108,8 +108,8 @@ int tlbridge_physical_id(int cpu)
 	return thread | (core & 3) << 1 | (core & 4) << 2 | socket << 5;
 }
 
-int tlbridge_map_gseg(struct vm_area_struct *vma, unsigned long at, unsigned long pfn, unsigned long bytes,
-		      pgprot_t prot)
+int tlbridge_map_gseg(struct gru_thread_state *gts, struct vm_area_struct *vma, unsigned long at,
+		      unsigned long pfn, unsigned long bytes, pgprot_t prot)
 {
 	unsigned long done;
 
@@ -124,7 +124,12 @@ int tlbridge_map_gseg(struct vm_area_struct *vma, unsigned long at, unsigned lon
 	return 0;
 
 fail:
-	/* The driver does not look at the result and would fault for ever. */
+	/*
+	 * The driver does not look at the result. A context that stayed loaded without being mapped would fault for
+	 * ever; so it goes, and the next touch comes here again (the first SIGBUS may have a handler). The caller
+	 * holds the context's lock.
+	 */
+	gru_unload_context(gts, 1);
 	force_sig(SIGBUS);
 	return -EFAULT;
 }

@@ -59,8 +59,9 @@ void tlbridge_teardown_irq(unsigned int irq);
 void *tlbridge_va(unsigned long paddr);
 unsigned long tlbridge_gpa(void *address);
 int tlbridge_physical_id(int cpu);
-int tlbridge_map_gseg(struct vm_area_struct *vma, unsigned long at, unsigned long pfn, unsigned long bytes,
-		      pgprot_t prot);
+struct gru_thread_state;
+int tlbridge_map_gseg(struct gru_thread_state *gts, struct vm_area_struct *vma, unsigned long at,
+		      unsigned long pfn, unsigned long bytes, pgprot_t prot);
 pte_t tlbridge_huge_pte(pte_t *entry, unsigned long vaddr);
 void tlbridge_flush_cache(volatile void *line);
 
@@ -81,8 +82,11 @@ void tlbridge_flush_cache(volatile void *line);
 /* The driver takes the fault map from bits of the APIC id as UV2 wires them. */
 #undef cpu_physical_id
 #define cpu_physical_id(cpu)		tlbridge_physical_id(cpu)
-/* The driver maps a GSEG in a page fault, where the mmap lock is held for reading only. */
-#define remap_pfn_range(vma, at, pfn, bytes, prot)	tlbridge_map_gseg(vma, at, pfn, bytes, prot)
+/*
+ * One use: the driver maps a GSEG in a page fault, where the mmap lock is held for reading only. The context that it
+ * has just loaded there is in "gts".
+ */
+#define remap_pfn_range(vma, at, pfn, bytes, prot)	tlbridge_map_gseg(gts, vma, at, pfn, bytes, prot)
 /*
  * One use: the entry of a huge page, in a function that has the address in "vaddr". The driver takes its frame for
  * that of the 4 KiB page (right for hugetlbfs, where it rounds down later, wrong inside a transparent huge page).
