@@ -53,11 +53,19 @@ impl Lab {
         if let Some(found) = self.kept(boot_id.trim(), wanted) {
             return Ok(found);
         }
-        let _held = self.lock()?;
+        let _held = match self.lock() {
+            Ok(held) => held,
+            // Somebody else's lab: it is found out, but not kept.
+            Err(_) if self.directory().is_dir() => {
+                let log = tempfile::NamedTempFile::new().context("a log for the probe")?;
+                return self.probe(wanted, log.path());
+            }
+            Err(error) => return Err(error),
+        };
         if let Some(found) = self.kept(boot_id.trim(), wanted) {
             return Ok(found);
         }
-        let found = self.probe(wanted)?;
+        let found = self.probe(wanted, &self.path("probe.log"))?;
         let kept = Kept {
             boot_id: boot_id.trim().to_owned(),
             kvm: found.accelerator == Accelerator::Kvm,
@@ -86,13 +94,13 @@ impl Lab {
         })
     }
 
-    fn probe(&self, wanted: Option<Accelerator>) -> Result<Acceleration> {
+    fn probe(&self, wanted: Option<Accelerator>, log: &Path) -> Result<Acceleration> {
         let boot = |accelerator, limit| -> Result<Result<Duration, Failure>> {
             let mut spec = Spec::new(
                 self.find_qemu()?,
                 self.find_kernel(Series::Stable)?.image,
                 Initramfs::new(self)?.to_bytes()?,
-                self.path("probe.log"),
+                log.to_owned(),
             );
             spec.accelerator = accelerator;
             spec.boot_limit = Some(limit);

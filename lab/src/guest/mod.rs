@@ -219,7 +219,6 @@ pub struct Guest {
     booted_in: Duration,
     /// What time limits are multiplied with.
     scale: f64,
-    _directory: tempfile::TempDir,
 }
 
 /// A command that has been started.
@@ -282,8 +281,11 @@ impl Guest {
             running: Some(Running::new("booting", "boot")),
             booted_in: Duration::ZERO,
             scale: 1.0,
-            _directory: directory,
         };
+        // QEMU greets when it has read everything. Even if this process is killed nothing stays.
+        directory
+            .close()
+            .map_err(failed("removing the guest's directory"))?;
         // Longer than the longest boot that was seen on a busy machine.
         let limit = spec
             .boot_limit
@@ -610,6 +612,7 @@ impl Guest {
             if open && ready[1] {
                 let typed = terminal.read().map_err(failed("reading the terminal"))?;
                 open = !typed.is_empty();
+                let typed = if open { typed } else { vec![terminal::END] };
                 let (forward, leave) = escape.filter(&typed);
                 if leave {
                     return Err(Failure::Interrupted { doing: self.doing() });

@@ -8,6 +8,9 @@ use rustix::termios::{self, OptionalActions, Termios};
 /// Ctrl-A, which a QEMU console uses as well.
 const ESCAPE: u8 = 1;
 
+/// Ctrl-D, with which a terminal says that nothing more is typed.
+pub(super) const END: u8 = 4;
+
 /// The terminal in raw mode, until it is dropped. If standard input is no terminal it is just read.
 #[derive(Debug)]
 pub(super) struct Raw {
