@@ -139,6 +139,10 @@ impl Hardware {
         } else {
             operation.step(&mut env)
         };
+        let pending = match operation.issued.ima() & cb::ima::INTERRUPT {
+            0 => execstatus::PENDING,
+            _ => execstatus::PENDING | execstatus::CB_INT_PENDING,
+        };
         let save = |state, ecause, execstatus| {
             let status = cbe::Status::new().with_cbrstate(state).with_ecause(ecause);
             let status = status.with_cbrexecstatus(execstatus);
@@ -148,11 +152,11 @@ impl Hardware {
         };
         match result {
             Ok(Step::More) => {
-                save(cbe::State::REQUEST_ISSUE, 0, execstatus::PENDING);
+                save(cbe::State::REQUEST_ISSUE, 0, pending);
                 resource.set_phase(&mut held, Phase::Ready);
             }
             Ok(Step::Wait) => {
-                save(cbe::State::WAIT_RESPONSE, 0, execstatus::PENDING);
+                save(cbe::State::WAIT_RESPONSE, 0, pending);
                 let until = self.now().saturating_add(held.rest.as_nanos() as u64);
                 held.rest = (held.rest * 2).clamp(FIRST_REST, LAST_REST);
                 resource.rests_until.store(until, Ordering::Relaxed);
@@ -181,7 +185,7 @@ impl Hardware {
                 self.finish(chiplet, context, owner, cbr, &mut held, ending);
             }
             Err(Stop::Fault(fault)) => {
-                save(cbe::State::WAIT_RESPONSE, 0, execstatus::PENDING);
+                save(cbe::State::WAIT_RESPONSE, 0, pending);
                 self.raise_miss(chiplet, owner, cbr, &mut held, fault);
             }
         }
@@ -236,8 +240,9 @@ impl Hardware {
         self.set_ending(chiplet, number, logical, ending);
         let control = context.control();
         let wanted = cbe::Copied::from_bits(copied).ima() & cb::ima::INTERRUPT != 0;
-        if wanted && control.tfm_done_bit_enable() && control.cb_int_enable() {
-            self.tfm_done(chiplet, usize::from(control.tlb_int_select()), cbr);
+        if wanted && control.tfm_done_bit_enable() {
+            let tfm = usize::from(control.tlb_int_select());
+            self.tfm_done(chiplet, tfm, cbr, control.cb_int_enable());
         }
     }
 

@@ -167,14 +167,13 @@ impl Hardware {
                     return Outcome::NotYet;
                 };
                 for (cbr, _held) in &cbrs {
-                    match chiplet.cbrs[*cbr].phase() {
-                        Phase::Idle => {}
-                        Phase::Ready | Phase::Polling => {
-                            self.set_cbrstate(chiplet, *cbr, cbe::State::INTERRUPTED);
-                        }
-                        Phase::MissUpm => self.set_cbrstate(chiplet, *cbr, cbe::State::INTERRUPTED_MISS_UPM),
+                    let state = match chiplet.cbrs[*cbr].phase() {
+                        Phase::Idle => continue,
+                        Phase::Ready | Phase::Polling => cbe::State::INTERRUPTED,
+                        Phase::MissUpm => cbe::State::INTERRUPTED_MISS_UPM,
                         Phase::MissFmm => unreachable!("a quiet context has no fault-map miss"),
-                    }
+                    };
+                    self.set_interrupted(chiplet, *cbr, state);
                 }
                 *state = State::INTERRUPTED;
                 Outcome::Done
@@ -265,7 +264,7 @@ impl Hardware {
     /// While an INTERRUPT waits: what each CBR keeps it waiting with.
     fn show_busy(&self, chiplet: &Chiplet, context: &Context) {
         for cbr in physical_cbrs(context) {
-            // An engine that is at it says by itself what has become of it.
+            // Somebody looks at it right now: the next try shows it.
             let Some(_held) = chiplet.cbrs[cbr].try_lock() else {
                 continue;
             };

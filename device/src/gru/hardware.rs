@@ -82,6 +82,14 @@ impl Hardware {
         word.store(status.with_cbrstate(state).into_bits(), Ordering::Release);
     }
 
+    /// An INTERRUPT has met an instruction that goes on after the next START.
+    pub(super) fn set_interrupted(&self, chiplet: &Chiplet, cbr: usize, state: cbe::State) {
+        let word = self.memory.word(chiplet.cbe(cbr) + cbe::STATE);
+        let status = cbe::Status::from_bits(word.load(Ordering::Acquire));
+        let status = status.with_cbrexecstatus(status.cbrexecstatus() | cbe::execstatus::INT_OCC);
+        word.store(status.with_cbrstate(state).into_bits(), Ordering::Release);
+    }
+
     /// Changes istatus (and isubstatus to none) of a CB and nothing else; everything before is visible first.
     pub(super) fn set_istatus(&self, chiplet: &Chiplet, context: usize, logical: usize, status: cb::Status) {
         self.set_ending(chiplet, context, logical, (status, cb::SubStatus::NONE));

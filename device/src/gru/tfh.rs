@@ -225,12 +225,11 @@ impl Hardware {
             self.set_istatus(chiplet, owner.0, owner.1, cb::Status::ACTIVE);
         }
         // A context that is stopped (or being stopped) does not run it: what is saved now goes on after a START.
-        let state = if context.is_open() {
-            cbe::State::QUEUED
+        if context.is_open() {
+            self.set_cbrstate(chiplet, cbr, cbe::State::QUEUED);
         } else {
-            cbe::State::INTERRUPTED
-        };
-        self.set_cbrstate(chiplet, cbr, state);
+            self.set_interrupted(chiplet, cbr, cbe::State::INTERRUPTED);
+        }
         if self.injector.strikes(Injection::DelayedRestart).is_some() {
             let margin = u64::try_from(self.config.faults.margin.as_nanos()).unwrap_or(u64::MAX);
             let until = self.now().saturating_add(margin);

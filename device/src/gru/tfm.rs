@@ -32,10 +32,13 @@ impl Hardware {
         }
     }
 
-    /// `cbr` has finished an instruction that asked for an interrupt (section 13).
-    pub(super) fn tfm_done(&self, chiplet: &Chiplet, tfm: usize, cbr: usize) {
+    /// `cbr` has finished an instruction that asked for an interrupt (section 13). As for misses, the bit and the
+    /// vector have an enable each.
+    pub(super) fn tfm_done(&self, chiplet: &Chiplet, tfm: usize, cbr: usize, interrupt: bool) {
         self.tfm_set(chiplet, tfm, map::tfm::DONE_BITS, cbr);
-        self.tfm_raise(chiplet, tfm);
+        if interrupt {
+            self.tfm_raise(chiplet, tfm);
+        }
     }
 
     fn tfm_set(&self, chiplet: &Chiplet, tfm: usize, bits: u64, cbr: usize) {

@@ -43,6 +43,14 @@ pub fn every_instruction(rig: &Rig, fault_mode: FaultMode) {
     bcopy(&user, &table);
     mm.flush_all();
     atomics(&user, &table);
+    mm.flush_all();
+    registered(&user, &table);
+    mm.flush_all();
+    blocks(&user, &table);
+    mm.flush_all();
+    exchange(&user, &table);
+    mm.flush_all();
+    polls(&user, &table);
 
     let stats = rig.gru.stats();
     assert!(stats.fills > 50, "the operands were not faulted in: {stats:?}");
@@ -118,6 +126,12 @@ fn indexed(user: &User, table: &super::page_table::PageTable) {
             "IVSTORE element {i}"
         );
     }
+    user.ok(0, &Instruction::ivset(DST, tri1, 0xbeef, XType::SHORT, n));
+    for (i, target) in targets.iter().enumerate() {
+        let rest = &patterned(1, SRC + offsets[i], 8)[2..];
+        let expected = [&[0xef, 0xbe], rest].concat();
+        assert_eq!(table.read(DST + target, 8), expected, "IVSET element {i}");
+    }
 }
 
 fn vset(user: &User, table: &super::page_table::PageTable) {
@@ -171,6 +185,74 @@ fn bcopy(user: &User, table: &super::page_table::PageTable) {
             "BCOPY reports the tag of its fills"
         );
     }
+}
+
+fn registered(user: &User, table: &super::page_table::PageTable) {
+    let at = DST + 21 * FRAME;
+    for (before, after) in [(2u64, 1u64), (1, 0), (0, 0)] {
+        table.write(at, &before.to_le_bytes());
+        let old = user.atomic(0, &Instruction::gamirr(at, ImplicitOp::DECZ, XType::DWORD));
+        assert_eq!((old, table.read64(at)), (before, after), "DECZ");
+    }
+    table.write(at, &7u64.to_le_bytes());
+    let swap = Instruction::gamerr(at, ExplicitOp::CSWAP, 9, 7, XType::DWORD);
+    assert_eq!((user.atomic(1, &swap), table.read64(at)), (7, 9));
+    let fetch = Instruction::gamirr(at, ImplicitOp::FETCH, XType::DWORD);
+    assert_eq!(user.atomic(1, &fetch), 9);
+}
+
+fn blocks(user: &User, table: &super::page_table::PageTable) {
+    let (to, len) = (DST + 23 * FRAME - 100, 5000);
+    let data = patterned(9, 0, len);
+    user.put(512, &data);
+    table.write(to, &vec![0; len + 64]);
+    user.ok(2, &Instruction::bstore(0, to, 512, XType::DWORD, len as u64 / 8));
+    assert_eq!(table.read(to, len), data, "BSTORE");
+    assert_eq!(table.read(to + len as u64, 64), [0; 64], "BSTORE wrote too much");
+    user.ok(2, &Instruction::vflush(to, XType::CACHE_LINE, 200, 2));
+    assert_eq!(table.read(to, len), data, "VFLUSH");
+}
+
+fn exchange(user: &User, table: &super::page_table::PageTable) {
+    let at = DST + 26 * FRAME + 64;
+    let bytes = |words: [u64; 4]| {
+        words
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect::<Vec<_>>()
+    };
+    let (old, new) = ([1, 2, 3, 4], [0x51, 0x52, 0x53, 0x54]);
+    let mask = [u64::MAX, 0, 0xf0, u64::MAX];
+    table.write(at, &bytes(old));
+    user.put(0, &[bytes(new), bytes(old), bytes(mask)].concat());
+    assert_eq!(user.atomic(3, &Instruction::gamxr(at, 0, 4)), 1);
+    assert_eq!(table.read(at, 32), bytes([0x51, 2, 0x53, 0x54]), "GAMXR");
+    assert_eq!(user.get(96, 32), bytes(old), "GAMXR returns what was there");
+    assert_eq!(user.atomic(3, &Instruction::gamxr(at, 0, 4)), 0x51);
+    assert_eq!(
+        table.read(at, 32),
+        bytes([0x51, 2, 0x53, 0x54]),
+        "GAMXR without a match"
+    );
+}
+
+fn polls(user: &User, table: &super::page_table::PageTable) {
+    let at = DST + 28 * FRAME;
+    table.write(at, &0u64.to_le_bytes());
+    let wait_for = |value| Instruction::gamerr(at, ExplicitOp::EPOLL, value, 0, XType::DWORD);
+    user.gseg.issue(0, &wait_for(2)).unwrap();
+    let changed = Instruction::gamerr(at, ExplicitOp::NPOLL, 0, 0, XType::DWORD);
+    user.gseg.issue(1, &changed).unwrap();
+    // The GRU itself changes what two of its control blocks wait for.
+    let inc = Instruction::gamir(at, ImplicitOp::INC, XType::DWORD);
+    assert_eq!(user.atomic(2, &inc), 0);
+    assert_eq!(user.wait(1), Status::IDLE);
+    // It waits: for the memory, or for its miss to be reported.
+    let status = user.gseg.poll(0).unwrap();
+    assert!(matches!(status, Status::ACTIVE | Status::CALL_OS), "{status:?}");
+    assert_eq!(user.atomic(2, &inc), 1);
+    assert_eq!(user.wait(0), Status::IDLE);
+    assert_eq!(user.gseg.avalue(0).unwrap(), 2);
 }
 
 fn atomics(user: &User, table: &super::page_table::PageTable) {

@@ -87,6 +87,36 @@ fn test_allocate_when_resources_are_taken_or_missing_is_refused() {
 }
 
 #[test]
+fn test_start_when_an_asid_has_more_than_24_bits_is_refused() {
+    let rig = Rig::new(config(Doorbell::Trap));
+    rig.configure(0, 0b1, 0b1, Mode::FaultMap);
+    rig.cch_do(0, Opc::ALLOCATE).unwrap();
+    for region in 0..8u64 {
+        let at = Rig::cch_at(0) + cch::ASID + region / 2 * 8;
+        let word = rig.load(at);
+        rig.trap_store(at, word | 1 << (24 + region % 2 * 32));
+        assert_eq!(rig.cch_do(0, Opc::START), Err(Cause::REGION_REGISTER_WRITE_ERROR));
+        assert_eq!(rig.cch(0).state(), State::MAPPED);
+        rig.trap_store(at, word);
+    }
+    rig.cch_do(0, Opc::START).unwrap();
+}
+
+#[test]
+fn test_deallocate_when_the_map_is_another_one_is_refused() {
+    let rig = Rig::new(config(Doorbell::Trap));
+    rig.configure(0, 0b0110, 0b1, Mode::FaultMap);
+    rig.cch_do(0, Opc::ALLOCATE).unwrap();
+    for wrong in [0b0010, 0b1110, 0] {
+        rig.trap_store(Rig::cch_at(0) + cch::CBR_MAP, wrong);
+        assert_eq!(rig.cch_do(0, Opc::DEALLOCATE), Err(Cause::CBR_DEALLOCATION_ERROR));
+        assert_eq!(rig.cch(0).state(), State::MAPPED);
+    }
+    rig.trap_store(Rig::cch_at(0) + cch::CBR_MAP, 0b0110);
+    rig.cch_do(0, Opc::DEALLOCATE).unwrap();
+}
+
+#[test]
 fn test_allocate_when_context_had_another_owner_shows_zeros() {
     in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));

@@ -453,18 +453,3 @@ fn test_instruction_when_its_memory_was_truncated_after_the_fill_ends_in_an_exce
         rig.run_ok(1, Instruction::nop());
     });
 }
-
-#[test]
-fn test_completion_interrupt_when_asked_for_sets_done_bit_and_raises_the_vector() {
-    in_all_modes(|doorbell| {
-        let rig = Rig::new(config(doorbell));
-        rig.start(Mode::FaultMap);
-        let mut nop = Instruction::nop();
-        nop.control = nop.control.with_ima(cb::ima::INTERRUPT);
-        rig.run_ok(2, nop);
-        rig.until("the interrupt", || (rig.interrupts(0) > 0).then_some(()));
-        assert_eq!(rig.take_bits(0, map::tfm::DONE_BITS), [Rig::cbr(0b1010, 2)]);
-        rig.run_ok(2, Instruction::nop());
-        assert!(rig.take_bits(0, map::tfm::DONE_BITS).is_empty());
-    });
-}

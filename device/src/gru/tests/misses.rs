@@ -311,3 +311,40 @@ fn test_region_when_address_is_high_uses_its_own_asid() {
     rig.write_restart(CBR, ASID + 5, va, pte(0, true));
     rig.until("the load", || rig.ended(0));
 }
+
+#[test]
+fn test_tfh_when_opc_is_not_defined_leaves_the_miss_waiting() {
+    in_both_modes(|doorbell| {
+        let rig = Rig::new(config(doorbell));
+        rig.start(Mode::FaultMap);
+        rig.map_range(ASID, VA, 0, PAGE);
+        rig.issue(0, vload(VA));
+        rig.wait_fault(0, CBR);
+        for opc in [tfh::Opc::NOOP, tfh::Opc(5), tfh::Opc(6)] {
+            rig.fill_operands(CBR, ASID, VA, pte(0, true));
+            rig.tfh_command(CBR, opc);
+            assert_eq!(rig.tfh_wait(CBR), HandleStatus::EXCEPTION, "{opc:?}");
+            let control = rig.tfh(CBR);
+            assert_eq!(
+                (control.cmd(), control.state()),
+                (false, tfh::State::MISS_FMM),
+                "{opc:?}"
+            );
+            assert_eq!(rig.gru.stats().fills, 0);
+        }
+        rig.serve_cbr(CBR);
+        assert_eq!(rig.finish(0), Status::IDLE);
+    });
+}
+
+/// A CBR that belongs to nobody has no misses: what is stored into its TFH stays there, unanswered.
+#[test]
+fn test_tfh_when_cbr_is_not_allocated_is_left_alone() {
+    let rig = Rig::new(config(Doorbell::Trap));
+    rig.start(Mode::FaultMap);
+    rig.tfh_command(100, tfh::Opc::WRITE_RESTART);
+    rig.purge(0, 0, 0, 0);
+    rig.run_ok(0, Instruction::nop());
+    assert_eq!(rig.tfh(100).status(), HandleStatus::ACTIVE);
+    assert_eq!(rig.gru.stats().tlb[0].live_entries, 0);
+}

@@ -3,12 +3,14 @@
 //! [`Rig`] stores and loads words the way a client does (by trap, or directly in the mapped memory) and
 //! serves misses from a page table that the test sets up.
 
+mod completions;
 mod contexts;
 mod doorbells;
 mod engines;
 mod exchanges;
 mod injected;
 mod instructions;
+mod interruptions;
 mod messages;
 mod misses;
 mod options;

@@ -83,11 +83,31 @@ fn answer(rig: &Rig, random: &mut Random) {
 fn instruct(rig: &Rig, random: &mut Random) {
     let dword = cb::XType::DWORD;
     let (va, count) = (VA + 8 * random.below(1 << 16), random.below(3000));
-    let instruction = match random.below(4) {
+    let exopc = random.below(16) as u8;
+    let line = va & !63;
+    let instruction = match random.below(12) {
         0 => Instruction::vset(va, 7, dword, count, 1),
         1 => Instruction::vload(va, 0, dword, count % 600, 1),
         2 => Instruction::vstore(va, 0, dword, count % 600, 1),
-        _ => Instruction::bcopy(va, VA + 8 * random.below(1 << 16), 0, 4, dword, count),
+        3 => Instruction::bcopy(va, VA + 8 * random.below(1 << 16), 0, 4, dword, count),
+        4 => Instruction::gamir(va, cb::ImplicitOp(exopc), dword),
+        5 => Instruction::gamirr(va, cb::ImplicitOp(exopc), dword),
+        6 => Instruction::gamer(va, cb::ExplicitOp(exopc), count, va, dword),
+        7 => Instruction::gamerr(va, cb::ExplicitOp(exopc), count, va, dword),
+        8 => Instruction::gamxr(line, 0, 1 << random.below(4)),
+        // Whatever the memory has for a head.
+        9 => Instruction::mesq(line, 0, count % 4),
+        10 => Instruction::bstore(0, va, 0, dword, count % 600),
+        _ => Instruction::vflush(line, cb::XType::CACHE_LINE, count, 3),
+    };
+    let instruction = match random.below(8) {
+        0 => Instruction {
+            baddr0: instruction.baddr0.wrapping_sub(VA).wrapping_add(IOVA),
+            baddr1_value_op2: instruction.baddr1_value_op2.wrapping_sub(VA).wrapping_add(IOVA),
+            ..instruction.with_ima(cb::ima::UNMAPPED)
+        },
+        1 => instruction.with_ima(cb::ima::INTERRUPT),
+        _ => instruction,
     };
     rig.issue_in(random.below(2) as usize, random.below(4) as usize, instruction);
 }
@@ -135,6 +155,8 @@ fn map_memory(rig: &Rig) {
 fn configure(rig: &Rig, context: usize) {
     let mode = [Mode::FaultMap, Mode::UserPolling][context];
     rig.configure(context, MAPS[context], 0xff << (8 * context), mode);
+    let control = rig.cch(context).with_unmap_enable(context == 1);
+    rig.trap_store(Rig::cch_at(context), control.into_bits());
 }
 
 #[test]
