@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::bench::Case;
+
 /// Emulated PCI devices over vfio-user whose TLB stays coherent with the page tables it caches.
 ///
 /// Without a command: the demo. An application computes through an emulated SGI GRU while its memory is
@@ -56,6 +58,9 @@ pub enum Command {
     /// The benchmark's floor: echoes messages (started by the benchmark).
     #[command(hide = true)]
     BenchEcho(EchoArgs),
+    /// The benchmark's floor of wakes: sleeps until it is told (started by the benchmark).
+    #[command(hide = true)]
+    BenchWake(WakeArgs),
 }
 
 /// Device models.
@@ -344,6 +349,17 @@ pub struct EchoArgs {
     pub supervised: Supervised,
 }
 
+/// The floor of `bench invalidate` for rows that wake somebody.
+#[derive(Debug, Clone, Args)]
+pub struct WakeArgs {
+    /// Where to listen; a FIFO is made beside it.
+    #[arg(long)]
+    pub socket: PathBuf,
+    /// Supervision.
+    #[command(flatten)]
+    pub supervised: Supervised,
+}
+
 /// Options of `bench invalidate`.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
@@ -363,6 +379,9 @@ pub struct BenchArgs {
     /// Registration mode: both, unless one is named.
     #[arg(long, value_enum)]
     pub uffd_mode: Option<UffdModeName>,
+    /// Only this row of the table (can be repeated).
+    #[arg(long = "case", value_enum, value_name = "CASE")]
+    pub cases: Vec<Case>,
     /// Seed of the bootstrap.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
@@ -467,6 +486,12 @@ pub struct SubjectArgs {
     /// Few blocks.
     #[arg(long)]
     pub quick: bool,
+    /// Rows; none = all.
+    #[arg(long = "case", value_enum)]
+    pub cases: Vec<Case>,
+    /// Everybody has a fixed processor; this is the device's.
+    #[arg(long)]
+    pub device_cpu: Option<usize>,
     /// Seed.
     #[arg(long)]
     pub seed: u64,

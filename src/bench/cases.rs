@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 pub const SIZES: [usize; 5] = [4096, 16 * 4096, 2 << 20, 64 << 20, 1 << 30];
 
 /// A row of the table. The floor of each is a plain munmap of a populated range that nobody watches.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Case {
     /// munmap with a userfaultfd monitor that reads events and does nothing.
@@ -68,6 +68,11 @@ pub fn wanted(size: usize, case: Case, quick: bool) -> bool {
         0x20_0001..=0x400_0000 => !matches!(case, Case::AgentUnregistered | Case::AgentSleeping),
         _ => case == Case::AgentSilent,
     }
+}
+
+/// Whether a cell is measured where every process has its processor: the target is about one page.
+pub fn wanted_when_placed(size: usize) -> bool {
+    size == SIZES[0]
 }
 
 /// ABBA blocks of a cell.

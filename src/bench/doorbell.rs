@@ -92,11 +92,7 @@ impl Amount {
 pub fn run(args: &DoorbellArgs, out: &mut impl std::io::Write) -> Result<()> {
     let stop = Stop::new()?;
     stop.on_signals(false)?;
-    // Mode 0700: nobody else reaches the sockets.
-    let dir = tempfile::Builder::new()
-        .prefix("tlbridge-")
-        .tempdir()
-        .context("cannot make a private directory for the sockets (TMPDIR)")?;
+    let dir = super::tempdir()?;
     let amount = Amount::of(args);
     let begin = Instant::now();
     let mut subjects = Vec::new();

@@ -3,10 +3,12 @@
 use std::fmt::Write;
 
 use protos::bridge::control::UffdMode;
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::cases::Case;
-use super::subject::{Row, WakeFloor};
+use super::placement::Placement;
+use super::subject::Row;
 use super::targets::{Status, judge};
 use crate::cli::BenchArgs;
 use crate::demo::total;
@@ -17,15 +19,37 @@ use crate::latency::human;
 pub struct BenchResult {
     /// The rows of all modes.
     pub rows: Vec<Row>,
-    /// The floor of the rows that wake somebody.
-    pub wake: Option<WakeFloor>,
+    /// Placements that this machine does not have.
+    pub absent: Vec<Absent>,
     /// The daemons' statistics at the end, by mode.
     pub host: Vec<Value>,
     /// Length of the run.
     pub elapsed_ms: u64,
-    quick: bool,
-    seed: u64,
-    cpus: usize,
+    /// Few blocks: nothing to quote.
+    pub quick: bool,
+    /// Of the bootstrap.
+    pub seed: u64,
+    /// Processors online.
+    pub cpus: usize,
+}
+
+/// A placement without rows.
+#[derive(Debug, Clone, Serialize)]
+pub struct Absent {
+    /// Which.
+    pub placement: Placement,
+    /// Of the daemon.
+    pub uffd_mode: UffdMode,
+    /// Why.
+    pub reason: String,
+}
+
+/// A row's name: what was measured, and where if that was fixed.
+pub fn title(row: &Row) -> String {
+    match row.placement {
+        Placement::Free => row.case.label().to_owned(),
+        placed => format!("{}, {}", row.case.label(), placed.label()),
+    }
 }
 
 /// A length as a person reads it.
@@ -49,7 +73,7 @@ impl BenchResult {
     pub fn new(args: &BenchArgs) -> Self {
         Self {
             rows: Vec::new(),
-            wake: None,
+            absent: Vec::new(),
             host: Vec::new(),
             elapsed_ms: 0,
             quick: args.quick,
@@ -61,7 +85,7 @@ impl BenchResult {
     /// What each further MiB of the range costs beyond munmap itself, by mode: between the smallest range and
     /// the largest one up to 64 MiB of the case without live translations. (Beyond that the agent may leave
     /// a range to the event path instead of unregistering it.)
-    fn slopes(&self) -> Vec<(UffdMode, f64)> {
+    pub fn slopes(&self) -> Vec<(UffdMode, f64)> {
         [UffdMode::Wp, UffdMode::Missing]
             .into_iter()
             .filter_map(|mode| {
@@ -113,9 +137,9 @@ impl BenchResult {
             "seed": self.seed,
             "elapsed_ms": self.elapsed_ms,
             "rows": self.rows,
-            "wake_floor": self.wake,
+            "absent": self.absent,
             "slopes": slopes,
-            "targets": judge(&self.rows, self.wake.as_ref(), self.cpus, self.quick),
+            "targets": judge(self),
             "nonsleeping_voluntary_context_switches": total(&hosts, "voluntary_context_switches"),
             "nonsleeping_allocations": total(&hosts, "allocations"),
             "nonsleeping": self.nonsleeping(),
@@ -137,15 +161,15 @@ impl BenchResult {
             }
         ));
         line(format!(
-            "{:<9}{:<28}{:>8}{:>12}{:>12}{:>12}   {:<22}{:>9}",
+            "{:<9}{:<42}{:>8}{:>12}{:>12}{:>12}   {:<22}{:>9}",
             "uffd", "case", "size", "floor p50", "p50", "p99", "ratio [95%]", "switches"
         ));
         for row in &self.rows {
             let p = &row.paired;
             line(format!(
-                "{:<9}{:<28}{:>8}{:>12}{:>12}{:>12}   {:<22}{:>9.2}",
+                "{:<9}{:<42}{:>8}{:>12}{:>12}{:>12}   {:<22}{:>9.2}",
                 mode_name(row.uffd_mode),
-                row.case.label(),
+                title(row),
                 size(row.size_bytes),
                 human(p.floor_p50_ns),
                 human(p.p50_ns),
@@ -154,11 +178,27 @@ impl BenchResult {
                 row.voluntary_context_switches_per_call
             ));
         }
-        if let Some(wake) = self.wake {
+        for row in &self.rows {
+            if let Some(w) = row.wakes {
+                line(format!(
+                    "floor ({}) of {}, {}: socket echo {} + one wake {}; more than plain munmap: {:.2} [{:.2}, {:.2}] of that",
+                    mode_name(row.uffd_mode),
+                    title(row),
+                    size(row.size_bytes),
+                    human(w.socket_echo_p50_ns),
+                    human(w.wake_p50_ns),
+                    w.ratio.median,
+                    w.ratio.low,
+                    w.ratio.high
+                ));
+            }
+        }
+        for absent in &self.absent {
             line(format!(
-                "floor of a device that is asleep: socket echo {}, one wake {}",
-                human(wake.socket_echo_p50_ns),
-                human(wake.wake_p50_ns)
+                "not measured ({}): {}: {}",
+                mode_name(absent.uffd_mode),
+                absent.placement.label(),
+                absent.reason
             ));
         }
         let hosts = Value::Array(self.host.clone());
@@ -185,7 +225,7 @@ impl BenchResult {
                 mode_name(mode)
             ));
         }
-        for target in judge(&self.rows, self.wake.as_ref(), self.cpus, self.quick) {
+        for target in judge(self) {
             let status = match target.status {
                 Status::Met => "met",
                 Status::NotMet => "not met",
@@ -218,11 +258,13 @@ mod tests {
                 }; 30],
                 1,
             ),
+            placement: Placement::Free,
+            wakes: None,
             voluntary_context_switches_per_call: 0.0,
         };
         BenchResult {
             rows: vec![row(4096, 100), row(64 << 20, 740)],
-            wake: None,
+            absent: Vec::new(),
             host: vec![json!({"sessions": [{"yields": 3}]})],
             elapsed_ms: 5,
             quick: true,

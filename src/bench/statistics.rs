@@ -22,7 +22,8 @@ impl Block {
         let sum = |pair: [u64; 2]| (pair[0] + pair[1]).max(1) as f64;
         sum(self.subject) / sum(self.floor)
     }
-    fn difference(self) -> f64 {
+    /// Subject less floor, nanoseconds.
+    pub fn difference(self) -> f64 {
         (self.subject[0] + self.subject[1]) as f64 / 2.0 - (self.floor[0] + self.floor[1]) as f64 / 2.0
     }
 }

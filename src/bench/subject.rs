@@ -1,8 +1,6 @@
 //! The measured process: maps memory, lets the device use it, and measures munmap.
 #![allow(unsafe_code, reason = "mmap and munmap, plain and by the agent")]
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -11,13 +9,14 @@ use agent::{Agent, AttachOptions, ContextOptions, FaultMode, GruContext, Memory}
 use anyhow::{Context, Result};
 use protos::bridge::control::UffdMode;
 use protos::gru::cb::{Instruction, XType};
-use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::cases::{Case, SIZES, blocks_of, wanted};
+use super::cases::{Case, SIZES, blocks_of, wanted, wanted_when_placed};
 use super::monitor::Monitor;
-use super::statistics::{Block, Paired, paired, quantile};
+use super::placement::Placement;
+use super::statistics::{Block, Interval, Paired, bootstrap, paired, quantile};
+use super::wake::WakeFloor;
 use crate::cli::SubjectArgs;
 use crate::demo::args;
 use crate::latency::voluntary_switches;
@@ -41,21 +40,33 @@ pub struct Row {
     pub case: Case,
     /// Length of the range.
     pub size_bytes: u64,
+    /// Where the processes ran.
+    #[serde(default = "free")]
+    pub placement: Placement,
     /// The figures.
     #[serde(flatten)]
     pub paired: Paired,
+    /// For rows that wake somebody.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wakes: Option<Wakes>,
     /// Voluntary context switches of the caller, per subject call.
     pub voluntary_context_switches_per_call: f64,
 }
 
-/// Figures of the floors that no munmap is part of.
+fn free() -> Placement {
+    Placement::Free
+}
+
+/// What waking the daemon and a device that sleeps costs at least (see [`super::wake`]), and the row held against
+/// it.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub struct WakeFloor {
-    /// A byte to another thread and back, by socket, after both have slept as long as the device has in the row
-    /// that it is compared with: two wakes.
+pub struct Wakes {
+    /// A socket echo, to the daemon's stand-in and back: two wakes.
     pub socket_echo_p50_ns: u64,
-    /// From a write to an eventfd until the thread that slept on it runs: one wake.
+    /// One wake of the device's stand-in.
     pub wake_p50_ns: u64,
+    /// What the call takes more than the plain one, over the sum of the two; by blocks.
+    pub ratio: Interval,
 }
 
 /// Measures all cases in one registration mode.
@@ -90,8 +101,8 @@ pub fn run(args: &SubjectArgs) -> Result<()> {
         args,
     };
     stop::say(&json!({ "ready": {} }));
-    stop::say(&json!({ "wake_floor": wake_floor(if args.quick { 100 } else { 1000 })? }));
-    for case in Case::ALL {
+    let asked = |case: &Case| args.cases.is_empty() || args.cases.contains(case);
+    for case in Case::ALL.into_iter().filter(asked) {
         subject.measure_case(case, &stop)?;
     }
     stop::say(&json!({ "done": {} }));
@@ -124,12 +135,20 @@ impl Subject<'_> {
         let peer = (case == Case::AgentSleeping)
             .then(|| self.peer(stop))
             .transpose()?;
+        let mut wake = (case == Case::AgentLiveParked)
+            .then(|| {
+                let dir = self.args.supervised.private_dir.as_deref();
+                let dir = dir.context("the benchmark's own processes have a private directory")?;
+                WakeFloor::start(dir, self.args.device_cpu, stop)
+            })
+            .transpose()?;
+        let placed = self.args.device_cpu.is_some();
         for size in SIZES {
             if stop.requested() {
                 break;
             }
-            if wanted(size, case, self.args.quick) {
-                let row = self.measure(case, size)?;
+            if wanted(size, case, self.args.quick) && (!placed || wanted_when_placed(size)) {
+                let row = self.measure(case, size, wake.as_mut())?;
                 stop::say(&json!({ "row": row }));
             }
         }
@@ -137,9 +156,10 @@ impl Subject<'_> {
         Ok(())
     }
 
-    fn measure(&self, case: Case, size: usize) -> Result<Row> {
+    fn measure(&self, case: Case, size: usize, mut wake: Option<&mut WakeFloor>) -> Result<Row> {
         let mut switches = 0;
         let mut blocks = Vec::new();
+        let (mut echoes, mut wakes) = (Vec::new(), Vec::new());
         // The first block warms caches and allocators up.
         for i in 0..=blocks_of(size, self.args.quick) {
             let first = self.floor(size)?;
@@ -148,7 +168,16 @@ impl Subject<'_> {
             let (two, s2) = self.subject(case, size)?;
             switches += s1 + s2;
             let last = self.floor(size)?;
+            if let Some(wake) = &mut wake {
+                // In the same state as the subject: everybody has slept for so long.
+                std::thread::sleep(PARKED);
+                echoes.push(wake.echo()?);
+                std::thread::sleep(PARKED);
+                wakes.push(wake.wake()?);
+            }
             if i == 0 {
+                echoes.clear();
+                wakes.clear();
                 switches = before;
                 continue;
             }
@@ -161,7 +190,9 @@ impl Subject<'_> {
             uffd_mode: self.mode,
             case,
             size_bytes: size as u64,
+            placement: Placement::Free,
             paired: paired(&blocks, self.args.seed),
+            wakes: wake.map(|_| held_against(&blocks, echoes, wakes, self.args.seed)),
             voluntary_context_switches_per_call: switches as f64 / (2 * blocks.len()) as f64,
         })
     }
@@ -298,6 +329,22 @@ impl Subject<'_> {
     }
 }
 
+fn held_against(blocks: &[Block], mut echoes: Vec<u64>, mut wakes: Vec<u64>, seed: u64) -> Wakes {
+    let floors = echoes.iter().zip(&wakes).map(|(echo, wake)| (echo + wake) as f64);
+    let ratios: Vec<f64> = blocks
+        .iter()
+        .zip(floors)
+        .map(|(b, floor)| b.difference() / floor)
+        .collect();
+    echoes.sort_unstable();
+    wakes.sort_unstable();
+    Wakes {
+        socket_echo_p50_ns: quantile(&echoes, 0.5),
+        wake_p50_ns: quantile(&wakes, 0.5),
+        ratio: bootstrap(&ratios, seed),
+    }
+}
+
 /// See [`Subject::busy`].
 struct Busy {
     stop: Arc<AtomicBool>,
@@ -313,54 +360,4 @@ impl Drop for Busy {
             _ => {}
         }
     }
-}
-
-/// What telling somebody who sleeps costs at least: in the same state as the parked row, since an idle
-/// processor takes longer to answer than a warm one.
-fn wake_floor(rounds: usize) -> Result<WakeFloor> {
-    let (mut here, mut there) = UnixStream::pair().context("socket pair")?;
-    let echo = std::thread::spawn(move || {
-        let mut byte = [0];
-        while there
-            .read_exact(&mut byte)
-            .and_then(|()| there.write_all(&byte))
-            .is_ok()
-        {}
-    });
-    let bell = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).context("eventfd")?);
-    let (woken, wakes) = std::sync::mpsc::channel();
-    let sleeper = {
-        let bell = Arc::clone(&bell);
-        std::thread::spawn(move || {
-            let mut count = [0; 8];
-            while rustix::io::read(&*bell, &mut count).is_ok() && woken.send(Instant::now()).is_ok() {}
-        })
-    };
-    let (mut echoes, mut latencies) = (Vec::new(), Vec::new());
-    for _ in 0..rounds {
-        std::thread::sleep(PARKED);
-        let start = Instant::now();
-        here.write_all(&[1])?;
-        here.read_exact(&mut [0])?;
-        echoes.push(start.elapsed().as_nanos() as u64);
-
-        std::thread::sleep(PARKED);
-        let start = Instant::now();
-        rustix::io::write(&*bell, &1u64.to_ne_bytes()).context("eventfd")?;
-        let ran = wakes.recv().context("the sleeping thread ended")?;
-        latencies.push(ran.saturating_duration_since(start).as_nanos() as u64);
-    }
-    drop((here, wakes));
-    rustix::io::write(&*bell, &1u64.to_ne_bytes()).context("eventfd")?;
-    for thread in [echo, sleeper] {
-        thread
-            .join()
-            .map_err(|_| anyhow::anyhow!("a thread of the wake floor panicked"))?;
-    }
-    echoes.sort_unstable();
-    latencies.sort_unstable();
-    Ok(WakeFloor {
-        socket_echo_p50_ns: quantile(&echoes, 0.5),
-        wake_p50_ns: quantile(&latencies, 0.5),
-    })
 }

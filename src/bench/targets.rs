@@ -5,7 +5,9 @@ use protos::bridge::control::UffdMode;
 use serde::{Deserialize, Serialize};
 
 use super::cases::Case;
-use super::subject::{Row, WakeFloor};
+use super::placement::Placement;
+use super::report::{Absent, BenchResult};
+use super::subject::{Row, Wakes};
 
 /// Verdict on a target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,12 +46,18 @@ const CPUS: usize = 3;
 const PARKED_RATIO: f64 = 1.5;
 
 /// Judges the rows. A quick run has too few blocks for a verdict.
-pub fn judge(rows: &[Row], wake: Option<&WakeFloor>, cpus: usize, quick: bool) -> Vec<Target> {
+pub fn judge(result: &BenchResult) -> Vec<Target> {
+    let (rows, cpus, quick) = (&result.rows, result.cpus, result.quick);
+    let slopes = result.slopes();
     let mut targets = Vec::new();
     for mode in [UffdMode::Wp, UffdMode::Missing] {
         let cell = |case: Case, size: u64| {
-            rows.iter()
-                .find(|r| r.uffd_mode == mode && r.case == case && r.size_bytes == size)
+            rows.iter().find(|r| {
+                r.uffd_mode == mode
+                    && r.case == case
+                    && r.size_bytes == size
+                    && r.placement == Placement::Free
+            })
         };
         if !rows.iter().any(|r| r.uffd_mode == mode) {
             continue;
@@ -73,7 +81,11 @@ pub fn judge(rows: &[Row], wake: Option<&WakeFloor>, cpus: usize, quick: bool) -
         for (size, name) in [(2 << 20, "2 MiB"), (64 << 20, "64 MiB"), (1 << 30, "1 GiB")] {
             add(
                 &format!("nothing cached, {name}: at most 1.1 times a plain munmap, or the slope stated"),
-                ratio(cell(Case::AgentSilent, size), RANGE_RATIO),
+                ratio_or_slope(
+                    cell(Case::AgentSilent, size),
+                    RANGE_RATIO,
+                    slopes.iter().find(|(of, _)| *of == mode).map(|(_, slope)| *slope),
+                ),
             );
         }
         add(
@@ -90,18 +102,26 @@ pub fn judge(rows: &[Row], wake: Option<&WakeFloor>, cpus: usize, quick: bool) -
                 }
             },
         );
-        add(
-            "live translations, 4 KiB, device asleep: at most 1.5 times (a socket echo + a wake) more",
-            {
-                match wake {
-                    None => (Status::NotApplicable, "the wake floor was not measured".into()),
-                    Some(wake) => {
-                        let floor = (wake.socket_echo_p50_ns + wake.wake_p50_ns) as f64;
-                        difference(cell(Case::AgentLiveParked, 4096), PARKED_RATIO * floor)
-                    }
-                }
-            },
-        );
+        for placement in [Placement::OneProcessor, Placement::DeviceApart] {
+            let row = rows
+                .iter()
+                .find(|r| r.uffd_mode == mode && r.placement == placement);
+            let absent = || {
+                let is = |a: &&Absent| a.placement == placement && a.uffd_mode == mode;
+                let why = result.absent.iter().find(is).map(|a| a.reason.clone());
+                (
+                    Status::NotApplicable,
+                    why.unwrap_or_else(|| "not measured in this run".into()),
+                )
+            };
+            add(
+                &format!(
+                    "live translations, 4 KiB, device asleep, {}: at most 1.5 times (a socket echo + a wake) more",
+                    placement.label()
+                ),
+                row.and_then(|row| row.wakes).map_or_else(absent, against_wakes),
+            );
+        }
     }
     targets
 }
@@ -123,12 +143,9 @@ fn difference(row: Option<&Row>, limit: f64) -> (Status, String) {
     (status, reason)
 }
 
-fn ratio(row: Option<&Row>, limit: f64) -> (Status, String) {
-    let Some(row) = row else {
-        return (Status::NotApplicable, "not measured in this run".into());
-    };
-    let r = row.paired.ratio;
-    let status = if r.low <= limit {
+fn against_wakes(wakes: Wakes) -> (Status, String) {
+    let r = wakes.ratio;
+    let status = if r.low <= PARKED_RATIO {
         Status::Met
     } else {
         Status::NotMet
@@ -139,9 +156,28 @@ fn ratio(row: Option<&Row>, limit: f64) -> (Status, String) {
     )
 }
 
+fn ratio_or_slope(row: Option<&Row>, limit: f64, slope: Option<f64>) -> (Status, String) {
+    let Some(row) = row else {
+        return (Status::NotApplicable, "not measured in this run".into());
+    };
+    let r = row.paired.ratio;
+    let reason = format!("{:.2} times [{:.2}, {:.2}]", r.median, r.low, r.high);
+    match slope {
+        _ if r.low <= limit => (Status::Met, reason),
+        Some(slope) => (
+            Status::Met,
+            format!(
+                "{reason}; the registration mode's slope: {:.1} us for each MiB",
+                slope / 1000.0
+            ),
+        ),
+        None => (Status::NotMet, reason),
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::statistics::{Block, paired};
+    use super::super::statistics::{Block, Interval, paired};
     use super::*;
 
     fn row(case: Case, size_bytes: u64, floor: u64, subject: u64) -> Row {
@@ -153,27 +189,86 @@ mod tests {
             uffd_mode: UffdMode::Wp,
             case,
             size_bytes,
+            placement: Placement::Free,
             paired: paired(&[block; 30], 1),
+            wakes: None,
             voluntary_context_switches_per_call: 0.0,
         }
     }
 
+    fn result(rows: Vec<Row>, cpus: usize) -> BenchResult {
+        BenchResult {
+            rows,
+            absent: Vec::new(),
+            host: Vec::new(),
+            elapsed_ms: 0,
+            quick: false,
+            seed: 1,
+            cpus,
+        }
+    }
+
+    fn statuses(result: &BenchResult) -> Vec<Status> {
+        judge(result).iter().map(|t| t.status).collect()
+    }
+
     #[test]
     fn test_targets_when_few_cpus_are_not_applicable_with_the_reason() {
-        let rows = [
-            row(Case::AgentSilent, 4096, 2000, 6500),
-            row(Case::AgentSilent, 64 << 20, 1000, 1400),
-            row(Case::AgentLiveBusy, 4096, 2000, 5000),
-        ];
-        let on = |cpus| judge(&rows, None, cpus, false);
-        let status: Vec<Status> = on(2).iter().map(|t| t.status).collect();
+        let rows = || {
+            vec![
+                row(Case::AgentSilent, 4096, 2000, 6500),
+                row(Case::AgentLiveBusy, 4096, 2000, 5000),
+            ]
+        };
         let na = Status::NotApplicable;
-        assert_eq!(status, [Status::Met, na, Status::NotMet, na, na, na]);
-        assert!(on(2)[4].reason.contains("2 online"), "{:?}", on(2)[4]);
-        assert_eq!(on(4)[4].status, Status::Met);
-        assert!(
-            judge(&rows, None, 4, true).iter().all(|t| t.status == na),
-            "too few blocks"
+        let two = result(rows(), 2);
+        assert_eq!(statuses(&two), [Status::Met, na, na, na, na, na, na]);
+        assert!(judge(&two)[4].reason.contains("2 online"), "{:?}", judge(&two)[4]);
+        assert_eq!(statuses(&result(rows(), 4))[4], Status::Met);
+        let mut quick = result(rows(), 4);
+        quick.quick = true;
+        assert!(statuses(&quick).iter().all(|s| *s == na), "too few blocks");
+    }
+
+    #[test]
+    fn test_targets_when_a_range_costs_more_state_the_slope() {
+        let large = || row(Case::AgentSilent, 64 << 20, 1_000_000, 1_400_000);
+        let alone = result(vec![large()], 2);
+        assert_eq!(statuses(&alone)[2], Status::NotMet, "there is no slope to state");
+        let both = result(vec![row(Case::AgentSilent, 4096, 2000, 4000), large()], 2);
+        let target = &judge(&both)[2];
+        assert_eq!(target.status, Status::Met);
+        assert!(target.reason.contains("6.2 us for each MiB"), "{target:?}");
+    }
+
+    #[test]
+    fn test_targets_when_the_device_sleeps_are_judged_by_placement() {
+        let placed = |placement, ratio: f64| Row {
+            placement,
+            wakes: Some(Wakes {
+                socket_echo_p50_ns: 20_000,
+                wake_p50_ns: 8_000,
+                ratio: Interval {
+                    median: ratio,
+                    low: ratio - 0.05,
+                    high: ratio + 0.05,
+                },
+            }),
+            ..row(Case::AgentLiveParked, 4096, 2000, 40_000)
+        };
+        let mut result = result(vec![placed(Placement::OneProcessor, 1.54)], 1);
+        assert_eq!(statuses(&result)[5], Status::Met, "the better bound counts");
+        result.rows = vec![placed(Placement::OneProcessor, 1.56)];
+        assert_eq!(statuses(&result)[5], Status::NotMet);
+        result.absent.push(Absent {
+            placement: Placement::DeviceApart,
+            uffd_mode: UffdMode::Wp,
+            reason: "one processor only".into(),
+        });
+        let apart = &judge(&result)[6];
+        assert_eq!(
+            (apart.status, apart.reason.as_str()),
+            (Status::NotApplicable, "one processor only")
         );
     }
 }

@@ -28,18 +28,17 @@ struct Spin {
     limit: Duration,
     budget: Duration,
     since: Option<Instant>,
-    /// With few CPUs the one that we wait for may need ours.
+    /// See [`Hardware::polite`].
     polite: bool,
 }
 
 impl Spin {
-    fn new(limit: Duration) -> Self {
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    fn new(limit: Duration, polite: bool) -> Self {
         Self {
             limit,
             budget: limit,
             since: None,
-            polite: cpus <= 4,
+            polite,
         }
     }
     fn found(&mut self) {
@@ -81,10 +80,11 @@ impl Drop for Vital {
 pub(super) fn run(hardware: &Arc<Hardware>, mut bench: Bench) {
     let _vital = Vital;
     let wake = &hardware.wake;
-    let mut spin = Spin::new(match hardware.config.doorbell {
+    let limit = match hardware.config.doorbell {
         Doorbell::Bell => Duration::ZERO,
         Doorbell::Trap | Doorbell::Poll => hardware.config.spin,
-    });
+    };
+    let mut spin = Spin::new(limit, hardware.polite);
     let mut passes = 0u32;
     let mut full = true;
     wake.enter();
@@ -164,9 +164,15 @@ impl Hardware {
     }
 
     fn flush_handles(&self) -> bool {
-        self.chiplets
+        let flushed = self
+            .chiplets
             .iter()
-            .fold(false, |worked, chiplet| worked | self.tgh_scan(chiplet))
+            .fold(false, |worked, chiplet| worked | self.tgh_scan(chiplet));
+        if flushed && self.polite {
+            // Whoever spins on the handle may wait for this processor, and everything else can wait for it.
+            std::thread::yield_now();
+        }
+        flushed
     }
 
     /// How long an engine may sleep: for ever, except while the fault plan holds fills.
@@ -181,7 +187,7 @@ mod tests {
 
     #[test]
     fn test_spin_when_nothing_comes_shrinks_and_ends() {
-        let mut spin = Spin::new(Duration::from_micros(80));
+        let mut spin = Spin::new(Duration::from_micros(80), true);
         while spin.again() {}
         assert_eq!(spin.budget, Duration::from_micros(40));
         for _ in 0..9 {
@@ -191,7 +197,7 @@ mod tests {
         spin.again();
         spin.found();
         assert_eq!(spin.budget, Duration::from_micros(20));
-        let mut none = Spin::new(Duration::ZERO);
+        let mut none = Spin::new(Duration::ZERO, false);
         assert!(!none.again());
     }
 }

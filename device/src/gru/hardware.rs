@@ -33,6 +33,8 @@ pub(super) struct Hardware {
     pub(super) quiesce: RwLock<()>,
     /// Engines are to end their look after the step they are at.
     pub(super) pausing: AtomicBool,
+    /// With few processors the one whom an engine waits for, or has just answered, may need the engine's.
+    pub(super) polite: bool,
 }
 
 impl Hardware {

@@ -126,6 +126,9 @@ impl Default for GruConfig {
     }
 }
 
+/// Up to here engines yield where they would otherwise only spin.
+const FEW_CPUS: usize = 4;
+
 /// Most engine threads.
 pub const MAX_ENGINES: usize = 16;
 
@@ -214,6 +217,7 @@ impl Gru {
                     .expect("a new ATC has no hooks");
             }
         }
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let hardware = Arc::new(Hardware {
             config,
             memory,
@@ -226,6 +230,7 @@ impl Gru {
             counters: Counters::default(),
             quiesce: RwLock::new(()),
             pausing: AtomicBool::new(false),
+            polite: cpus <= FEW_CPUS,
         });
         let gru = Arc::new(Self {
             hardware,

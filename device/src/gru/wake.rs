@@ -213,6 +213,18 @@ impl Wake {
     pub(super) fn doze(&self) {
         self.listening.fetch_add(1, Ordering::SeqCst);
         self.leave();
+        self.empty();
+    }
+
+    /// Keeps the counters low. Here and not after the wake, where somebody waits: an eventfd that still counts wakes
+    /// nobody by itself, each ring is an edge. A ring that is swallowed here is answered by the look that follows.
+    fn empty(&self) {
+        let _ = rustix::io::read(&self.bell, &mut [0; 8]);
+        // Not `read`: whether that waits is the client's choice. (u64::MAX: a file without a position. Kernels
+        // before 5.8 refuse, and the counter stays as it is.)
+        let mut count = [0; 8];
+        let mut into = [IoSliceMut::new(&mut count)];
+        let _ = rustix::io::preadv2(&self.doorbell, &mut into, u64::MAX, ReadWriteFlags::NOWAIT);
     }
 
     /// After [`Wake::doze`]: the calling engine looks at device memory again.
@@ -269,13 +281,6 @@ impl Wake {
             }];
             // EINTR is a spurious wake.
             let _ = epoll::wait(&self.sleepers, &mut events, timeout.as_ref());
-            // Keeps the counters low. A ring that is swallowed here is answered by the look that follows.
-            let _ = rustix::io::read(&self.bell, &mut [0; 8]);
-            // Not `read`: whether that waits is the client's choice. (u64::MAX: a file without a position. Kernels
-            // before 5.8 refuse, and the counter stays as it is; each ring is an edge all the same.)
-            let mut count = [0; 8];
-            let mut into = [IoSliceMut::new(&mut count)];
-            let _ = rustix::io::preadv2(&self.doorbell, &mut into, u64::MAX, ReadWriteFlags::NOWAIT);
         }
         self.sleeping.fetch_sub(1, Ordering::SeqCst);
     }
@@ -354,6 +359,8 @@ mod tests {
         rustix::io::write(&client, &(u64::MAX - 1).to_ne_bytes()).unwrap();
         wake.ring();
         sleep_ends(&wake);
+        wake.enter();
+        wake.doze();
         fcntl_setfl(&client, OFlags::NONBLOCK).unwrap();
         rustix::io::write(&client, &1u64.to_ne_bytes()).expect("there is room again");
         sleep_ends(&wake);

@@ -17,8 +17,10 @@ use super::error::{GruError, HandleKind, Stall, StallAction};
 use super::window::Window;
 use super::{GruOptions, window};
 
-/// Iterations that only spin before the processor is given up.
-const SPINS_BEFORE_YIELD: u32 = 200;
+/// Iterations that only spin before the processor is given up: less than a microsecond. A device that is awake on
+/// another processor has answered by then, or soon after (a yield to nobody takes about as long as ten turns); one
+/// that has just been woken may wait for this processor.
+const SPINS_BEFORE_YIELD: u32 = 20;
 /// How often a wait looks whether the device still exists.
 const LIVENESS_PERIOD: Duration = Duration::from_millis(10);
 

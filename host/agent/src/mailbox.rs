@@ -160,6 +160,7 @@ fn wait(state: &State, table: &SharedTable, slot: &Slot, patience: &mut Patience
         }
         std::hint::spin_loop();
     }
+    let mut slept = false;
     loop {
         slot.sleeping.store(1, Ordering::SeqCst);
         memory_fence(Ordering::SeqCst);
@@ -168,8 +169,12 @@ fn wait(state: &State, table: &SharedTable, slot: &Slot, patience: &mut Patience
             slot.sleeping.store(0, Ordering::Relaxed);
             return Ok(());
         }
-        patience.renew(table, Some(slot));
-        look(state, table, patience.since)?;
+        // Not before the first sleep: it takes system calls, and the daemon's worker may wait for this processor.
+        if slept {
+            patience.renew(table, Some(slot));
+            look(state, table, patience.since)?;
+        }
+        slept = true;
         state.counters.hop_sleeps.fetch_add(1, Ordering::Relaxed);
         sys::futex_wait(&slot.state, seen, 100);
         slot.sleeping.store(0, Ordering::SeqCst);

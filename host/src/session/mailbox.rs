@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use protos::bridge::shared::{SLOTS, Slot, USER_END, slot_op, slot_state};
 use rustix::thread::futex;
@@ -26,9 +26,9 @@ const LONGEST_SLEEP: Timespec = Timespec {
     tv_nsec: 0,
 };
 
-/// Looks at the bell before going to sleep: a second call often follows at once, and a wake-up costs more
-/// than this.
-const SPINS: u32 = 300;
+/// How long a worker looks at the bell before it sleeps: a second call often follows at once, and a wake-up costs
+/// more than this. It yields meanwhile: the caller that it has just answered may wait for this processor.
+const LINGER: Duration = Duration::from_micros(10);
 
 /// What the mailbox counts.
 #[derive(Debug, Default)]
@@ -100,10 +100,16 @@ impl Mailbox {
 
     fn bell_rings_soon(&self, bell: u32) -> bool {
         let header = &self.space.table().header;
-        (0..SPINS).any(|_| {
-            std::hint::spin_loop();
-            header.bell.load(Ordering::Relaxed) != bell
-        })
+        let since = Instant::now();
+        loop {
+            std::thread::yield_now();
+            if header.bell.load(Ordering::Relaxed) != bell {
+                return true;
+            }
+            if since.elapsed() >= LINGER {
+                return false;
+            }
+        }
     }
 
     /// Makes the workers return. They finish what they are serving.
@@ -166,6 +172,8 @@ impl Mailbox {
         fence(Ordering::SeqCst);
         if slot.sleeping.load(Ordering::Relaxed) != 0 {
             let _ = futex::wake(&slot.state, futex::Flags::empty(), i32::MAX as u32);
+            // It waits for this processor, often: before anything else is looked at.
+            std::thread::yield_now();
         }
         true
     }

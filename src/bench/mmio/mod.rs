@@ -17,9 +17,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use driver::backing::Backing;
 use driver::vfio_user::VfioUserClient;
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use rustix::thread::CpuSet;
 use zerocopy::IntoBytes;
 
+use super::placement::{Unpin, pin};
 use super::statistics::{Block, bootstrap, paired, quantile};
 use crate::cli::MmioArgs;
 use crate::demo::args;
@@ -82,18 +83,11 @@ pub fn run(args: &MmioArgs, out: &mut impl Write) -> Result<()> {
         .context("cannot make a private directory for the sockets (TMPDIR)")?;
     let start = Instant::now();
     let mut result = MmioResult::new(args.quick, args.seed);
-    let before = sched_getaffinity(None).context("sched_getaffinity")?;
-    let measured = measure(args, dir.path(), &before, &stop, &mut result);
-    let _ = sched_setaffinity(None, &before);
-    measured?;
+    let unpin = Unpin::later()?;
+    measure(args, dir.path(), unpin.allowed(), &stop, &mut result)?;
+    drop(unpin);
     result.elapsed_ms = start.elapsed().as_millis() as u64;
     super::print(args.json.as_deref(), &result.json(), || result.table(), out)
-}
-
-fn pin(cpu: usize) -> Result<()> {
-    let mut set = CpuSet::new();
-    set.set(cpu);
-    sched_setaffinity(None, &set).with_context(|| format!("cannot pin this thread to CPU {cpu}"))
 }
 
 fn measure(
