@@ -389,6 +389,29 @@ pub enum BenchCommand {
     Invalidate(BenchArgs),
     /// What a register access over vfio-user costs, against a raw socket.
     Mmio(MmioArgs),
+    /// What the three ways to notice a store cost (`--doorbell trap|bell|poll`), and an idle device.
+    Doorbell(DoorbellArgs),
+}
+
+/// Options of `bench doorbell`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+A device process for each mode and this project's driver on it, without a guest. The poller is compared with an
+engine that never stops spinning in ABBA blocks: the median of the paired ratios with its 95% bootstrap interval.
+Targets are met or not met; the exit code does not depend on them.
+
+Example:
+  tlbridge bench doorbell --json doorbell.json")]
+pub struct DoorbellArgs {
+    /// Write the result as one JSON object to a file (`-` = stdout instead of the table).
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Few blocks: to see that it works, not to publish.
+    #[arg(long)]
+    pub quick: bool,
+    /// Seed of the bootstrap.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
 }
 
 /// Options of `bench mmio`.

@@ -1,6 +1,7 @@
 //! `tlbridge bench`.
 
 mod cases;
+pub mod doorbell;
 pub mod mmio;
 mod monitor;
 mod placement;

@@ -60,6 +60,7 @@ mod broken {
     fn storm(broken: BreakPlan, windows: BreakPlan) -> std::thread::Result<()> {
         let config = GruConfig {
             doorbell: Doorbell::Poll,
+            map_tfh: true,
             broken,
             faults: FaultPlan::default().with_windows_of(windows),
             ..GruConfig::default()
@@ -102,6 +103,7 @@ mod broken {
     fn test_look_up_when_kill_bit_is_off_finds_stale_accesses() {
         let config = GruConfig {
             doorbell: Doorbell::Poll,
+            map_tfh: true,
             broken: KILL_BIT,
             ..GruConfig::default()
         };

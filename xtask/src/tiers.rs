@@ -17,6 +17,12 @@ struct Step {
     command: fn(&Path) -> Command,
 }
 
+/// How often the soak runs each GRU test in each doorbell mode.
+const GRU_ROUNDS: &str = "20";
+
+/// Runs of the hammer, each of which takes as long as it is told.
+const HAMMERS: u64 = 5;
+
 /// Tests that need no process, socket or privilege beyond their own process.
 const IN_PROCESS: &[&str] = &["gru_in_process"];
 
@@ -309,15 +315,28 @@ pub fn soak(minutes: u64, fuzz_minutes: u64) -> anyhow::Result<bool> {
         let mut command = integration(&root, Tier::Sandbox);
         command
             .env("TLBRIDGE_HAMMER_SECONDS", (minutes * 60).to_string())
-            .env("TLBRIDGE_ROUNDS", "200");
+            .env("TLBRIDGE_ROUNDS", "200")
+            .env("TLBRIDGE_GRU_ROUNDS", GRU_ROUNDS);
         let log = logs.join("soak.log");
-        println!("== soak: hammer of {minutes} minutes, 200 rounds where rounds count");
-        let limit = Duration::from_secs(minutes * 60 * 3) + 120 * MINUTE;
+        println!(
+            "== soak: hammer of {minutes} minutes, 200 rounds where rounds count, each GRU test {GRU_ROUNDS} times"
+        );
+        let limit = Duration::from_secs(minutes * 60 * HAMMERS) + 180 * MINUTE;
         let outcome = step("soak", &mut command, &log, limit)?;
         report("soak", &outcome, &log);
         totals.add(&outcome.totals);
         if !outcome.ok {
             failed_steps.push("soak");
+        }
+        let mut command = integration(&root, true);
+        command.env("TLBRIDGE_GRU_ROUNDS", GRU_ROUNDS);
+        let log = logs.join("soak-in-process.log");
+        println!("== soak: the driver on the device in one process, each test {GRU_ROUNDS} times");
+        let outcome = step("soak-in-process", &mut command, &log, 60 * MINUTE)?;
+        report("soak-in-process", &outcome, &log);
+        totals.add(&outcome.totals);
+        if !outcome.ok {
+            failed_steps.push("soak-in-process");
         }
     }
     if fuzz_minutes > 0 {
