@@ -250,6 +250,10 @@ static int probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	ret = pci_request_regions(pdev, "tlbridge_uv");
 	if (ret)
 		goto disable;
+	/* Contexts of whoever had it before (a driver that lost it by a removal, a kernel that crashed) go. */
+	ret = pci_reset_function_locked(pdev);
+	if (ret)
+		pci_warn(pdev, "cannot be reset (%d): contexts of a driver before may still be loaded\n", ret);
 	pci_set_master(pdev);
 	ret = pci_alloc_irq_vectors(pdev, TLBRIDGE_VECTORS, TLBRIDGE_VECTORS, PCI_IRQ_MSIX);
 	if (ret < 0) {
