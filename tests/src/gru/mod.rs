@@ -126,15 +126,15 @@ macro_rules! gru_bodies {
         }
         #[test]
         fn test_message_queue_when_it_has_512_bytes_takes_four_messages() {
-            $with(GruOptions::default(), |rig| messages::conformance(rig));
+            $with(GruOptions::default, |rig| messages::conformance(rig));
         }
         #[test]
         fn test_message_queue_when_messages_have_two_lines_cuts_and_loses_none() {
-            $with(GruOptions::default(), |rig| messages::two_lines(rig));
+            $with(GruOptions::default, |rig| messages::two_lines(rig));
         }
         #[test]
         fn test_message_queue_when_many_send_and_its_page_moves_delivers_each_once() {
-            $with(GruOptions::default(), |rig| {
+            $with(GruOptions::default, |rig| {
                 assert_eq!(
                     messages::many_senders(rig, 100),
                     0,
