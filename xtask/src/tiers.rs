@@ -328,7 +328,7 @@ pub fn soak(minutes: u64, fuzz_minutes: u64) -> anyhow::Result<bool> {
         if !outcome.ok {
             failed_steps.push("soak");
         }
-        let mut command = integration(&root, true);
+        let mut command = integration(&root, Tier::InProcess);
         command.env("TLBRIDGE_GRU_ROUNDS", GRU_ROUNDS);
         let log = logs.join("soak-in-process.log");
         println!("== soak: the driver on the device in one process, each test {GRU_ROUNDS} times");
