@@ -1,6 +1,6 @@
 //! Contexts are unloaded, and so saved and loaded again, while their instructions run.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use protos::gru::cb::{Instruction, XType};
@@ -23,10 +23,10 @@ pub fn run(gru: &Gru, rounds: u64, seed: u64) -> Outcome {
             preload: 4,
             ..Shape::default()
         })?;
-        let stop = AtomicBool::new(false);
+        let (stop, made) = (AtomicBool::new(false), AtomicU64::new(0));
         copies += std::thread::scope(|scope| -> Result<u64> {
             let work = scope.spawn(|| {
-                let result = copy(&gseg, &stop);
+                let result = copy(&gseg, &stop, &made);
                 stop.store(true, Ordering::Release);
                 result
             });
@@ -42,6 +42,12 @@ pub fn run(gru: &Gru, rounds: u64, seed: u64) -> Outcome {
                     std::hint::spin_loop();
                 }
                 done += 1;
+                // A copy may be unloaded several times, but it must come to its end.
+                let before = made.load(Ordering::Acquire);
+                while done % 4 == 0 && made.load(Ordering::Acquire) == before && !stop.load(Ordering::Acquire)
+                {
+                    std::thread::yield_now();
+                }
             }
             stop.store(true, Ordering::Release);
             work.join().expect("no panic")
@@ -56,7 +62,7 @@ pub fn run(gru: &Gru, rounds: u64, seed: u64) -> Outcome {
 }
 
 /// Copies back and forth until told to stop, and at least once.
-fn copy(gseg: &Gseg<'_>, stop: &AtomicBool) -> Result<u64> {
+fn copy(gseg: &Gseg<'_>, stop: &AtomicBool, made: &AtomicU64) -> Result<u64> {
     let (from, to) = (Region::anonymous(PAGES * PAGE)?, Region::anonymous(PAGES * PAGE)?);
     // The upper part of the data segment is not used by the copies and must survive every unload.
     let kept: Vec<u64> = (0..64).map(|i| i * 0x1_0001 + 5).collect();
@@ -86,6 +92,7 @@ fn copy(gseg: &Gseg<'_>, stop: &AtomicBool) -> Result<u64> {
             "the data segment has changed over an unload"
         );
         copies += 1;
+        made.store(copies, Ordering::Release);
         if stop.load(Ordering::Acquire) {
             return Ok(copies);
         }
