@@ -39,6 +39,8 @@ pub enum Command {
     Device(DeviceArgs),
     /// Run the host daemon: it drives the device and keeps it coherent with the attached applications.
     Host(HostArgs),
+    /// Boot a guest in QEMU with a device, and run a command or a shell in it.
+    Vm(VmArgs),
     /// Measure.
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -75,6 +77,8 @@ pub enum ModelName {
 pub enum Doorbell {
     /// Each access to the BARs is a message: strict, slow.
     Trap,
+    /// Control blocks and handles are mapped memory; software rings a doorbell after each start. Nothing polls.
+    Bell,
     /// Control blocks and handles are mapped memory; the engines poll while there is work and sleep on a
     /// doorbell when there is none.
     Poll,
@@ -169,6 +173,7 @@ pub struct Supervised {
 Examples:
   tlbridge demo --seconds 30 --memory-mib 256
   tlbridge demo --doorbell trap              every register access is a message
+  tlbridge demo --doorbell bell              nothing polls: each start rings
   tlbridge demo --break kill-bit --seconds 2 the oracles must find it: exit code 3
   tlbridge demo --delay kill-bit --seconds 2 the same delays with the check on: exit code 0
 
@@ -213,7 +218,8 @@ pub struct DemoArgs {
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
 Example:
-  tlbridge device --model gru --socket /run/user/1000/gru.sock")]
+  tlbridge device --model gru --socket /run/user/1000/gru.sock
+  tlbridge device --model gru --socket gru.sock --map-tfh     for tlbridge's own driver only")]
 pub struct DeviceArgs {
     /// Which device.
     #[arg(long, value_enum)]
@@ -224,9 +230,17 @@ pub struct DeviceArgs {
     /// How the device learns of a store.
     #[arg(long, value_enum, default_value_t = Doorbell::Poll)]
     pub doorbell: Doorbell,
+    /// Let the client map the TLB fault handles, too (bell and poll). Not for guests: Linux' driver starts them by a
+    /// read-modify-write that is only right where they are trapped. tlbridge's own driver saves the messages.
+    #[arg(long)]
+    pub map_tfh: bool,
     /// Engine threads.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub engines: u32,
+    /// How long an engine looks for work before it sleeps (not with bell). The default depends on the number of
+    /// CPUs.
+    #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u64).range(0..=86_400_000_000))]
+    pub spin: Option<u64>,
     /// How long to ask for the client's next message again and again before sleeping: saves the wake-up, costs
     /// a CPU meanwhile; 0 = sleep at once.
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=10_000_000))]
@@ -246,6 +260,102 @@ pub struct DeviceArgs {
     /// Supervision.
     #[command(flatten)]
     pub supervised: Supervised,
+}
+
+/// Options of `vm`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Without --kernel: Debian's stock kernel and, for the GRU, its own sgi-gru driver, compiled without a change. The
+first time the lab is made (QEMU, kernel, compiler, from Debian's packages; root is needed once): below target/lab
+of a source tree, else in ~/.cache/tlbridge/lab; TLBRIDGE_LAB names another place, TLBRIDGE_QEMU another QEMU,
+TLBRIDGE_ACCEL=kvm|tcg decides what is else found out by booting.
+
+The guest is an initramfs with busybox. COMMAND's output goes to stdout; a first word with a `/` in it that is a
+file here is taken along. Without COMMAND: a shell on this terminal, which Ctrl-A x ends.
+
+Exit codes: COMMAND's own; 124 after --timeout, 125 the guest did not run it to its end (stderr says why),
+130 interrupted.
+
+Examples:
+  tlbridge vm --model gru                                     a shell; the driver is loaded
+  tlbridge vm --model gru -- ls /proc/sgi_uv/gru
+  tlbridge vm --model gru --program ./mytest -- mytest --all
+  tlbridge vm --model gru --kernel bzImage --module tlbridge_uv.ko --module gru.ko -- dmesg")]
+pub struct VmArgs {
+    /// Which device to start and attach.
+    #[arg(long, value_enum, required_unless_present = "device")]
+    pub model: Option<ModelName>,
+    /// Attach a device that is served already: its vfio-user socket (repeatable).
+    #[arg(long, value_name = "SOCKET")]
+    pub device: Vec<PathBuf>,
+    /// How the device learns of a store.
+    #[arg(long, value_enum, requires = "model")]
+    pub doorbell: Option<Doorbell>,
+    /// An argument for `tlbridge device` (repeatable), as in --device-arg=--engines=4.
+    #[arg(long, value_name = "ARG", requires = "model", allow_hyphen_values = true)]
+    pub device_arg: Vec<std::ffi::OsString>,
+    /// Boot this kernel instead.
+    #[arg(long, value_name = "BZIMAGE")]
+    pub kernel: Option<PathBuf>,
+    /// An initramfs that is unpacked before the guest's own files (which include /init).
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Where that kernel's modules are: what /lib/modules/VERSION is on its system.
+    #[arg(long, value_name = "DIR", requires = "kernel")]
+    pub modules: Option<PathBuf>,
+    /// Load a module of the kernel, with what it depends on (repeatable).
+    #[arg(long, value_name = "NAME")]
+    pub load: Vec<String>,
+    /// Load this module after all others (repeatable).
+    #[arg(long, value_name = "FILE.ko")]
+    pub module: Vec<PathBuf>,
+    /// Take a program along, with its libraries, as /bin/NAME (repeatable).
+    #[arg(long, value_name = "FILE")]
+    pub program: Vec<PathBuf>,
+    /// Take a file along, as /root/NAME (repeatable).
+    #[arg(long, value_name = "FILE")]
+    pub file: Vec<PathBuf>,
+    /// Processors.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=255))]
+    pub cpus: u32,
+    /// Memory: a number with M or G.
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = memory_mib)]
+    pub memory: u64,
+    /// More kernel parameters.
+    #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
+    pub append: String,
+    /// An argument for QEMU (repeatable), as in --qemu-arg=-s.
+    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
+    pub qemu_arg: Vec<std::ffi::OsString>,
+    /// Go on after an oops of the guest's kernel.
+    #[arg(long)]
+    pub survive_oops: bool,
+    /// Where the guest's console and QEMU's messages go (default: a file in the lab, removed if all is well).
+    #[arg(long, value_name = "FILE")]
+    pub log: Option<PathBuf>,
+    /// Give up after this long in COMMAND (longer on a machine on which a boot takes more than 4 s).
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
+    pub timeout: Option<u64>,
+    /// Give COMMAND this terminal.
+    #[arg(long)]
+    pub terminal: bool,
+    /// What to run.
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
+}
+
+/// `512M` or `2G`, in MiB.
+fn memory_mib(text: &str) -> Result<u64, String> {
+    let (digits, unit) = match text.split_at_checked(text.len().saturating_sub(1)) {
+        Some((digits, "M" | "m")) => (digits, 1),
+        Some((digits, "G" | "g")) => (digits, 1024),
+        _ => return Err("a number with M or G".into()),
+    };
+    let number: u64 = digits.parse().map_err(|e| format!("{digits:?}: {e}"))?;
+    match number.checked_mul(unit) {
+        Some(mib @ 64..=1_048_576) => Ok(mib),
+        _ => Err("between 64M and 1024G".into()),
+    }
 }
 
 /// Options of the host daemon.
@@ -295,6 +405,29 @@ pub enum BenchCommand {
     Invalidate(BenchArgs),
     /// What a register access over vfio-user costs, against a raw socket.
     Mmio(MmioArgs),
+    /// What the three ways to notice a store cost (`--doorbell trap|bell|poll`), and an idle device.
+    Doorbell(DoorbellArgs),
+}
+
+/// Options of `bench doorbell`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+A device process for each mode and this project's driver on it, without a guest. The poller is compared with an
+engine that never stops spinning in ABBA blocks: the median of the paired ratios with its 95% bootstrap interval.
+Targets are met or not met; the exit code does not depend on them.
+
+Example:
+  tlbridge bench doorbell --json doorbell.json")]
+pub struct DoorbellArgs {
+    /// Write the result as one JSON object to a file (`-` = stdout instead of the table).
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Few blocks: to see that it works, not to publish.
+    #[arg(long)]
+    pub quick: bool,
+    /// Seed of the bootstrap.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
 }
 
 /// Options of `bench mmio`.
@@ -507,6 +640,45 @@ mod tests {
             panic!("{cli:?}")
         };
         assert_eq!(demo.break_check, Some(Fault::KillBit));
+    }
+
+    #[test]
+    fn test_memory_when_written_with_a_unit_is_in_mib() {
+        assert_eq!(memory_mib("512M"), Ok(512));
+        assert_eq!(memory_mib("5G"), Ok(5 * 1024));
+        for wrong in [
+            "",
+            "G",
+            "1",
+            "1T",
+            "-1G",
+            "63M",
+            "99999999999999999999G",
+            "18446744073709551615G",
+            "1\u{20ac}",
+        ] {
+            assert!(memory_mib(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn test_vm_when_without_a_device_is_refused() {
+        assert!(Cli::try_parse_from(["tlbridge", "vm", "--", "true"]).is_err());
+        let cli = Cli::parse_from([
+            "tlbridge",
+            "vm",
+            "--model",
+            "gru",
+            "--device-arg=--engines=4",
+            "--",
+            "ls",
+            "-l",
+        ]);
+        let Some(Command::Vm(vm)) = cli.command else {
+            panic!("{cli:?}")
+        };
+        assert_eq!(vm.command, ["ls", "-l"]);
+        assert_eq!(vm.device_arg, ["--engines=4"]);
     }
 
     #[test]

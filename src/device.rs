@@ -77,15 +77,19 @@ fn config(args: &DeviceArgs) -> GruConfig {
         Some(DeviceFault::Drain) => faults.drain_delay = Some(FaultPlan::DRAIN_EVERY),
         None => {}
     }
+    let standard = GruConfig::default();
     let mut config = GruConfig {
         doorbell: match args.doorbell {
             Doorbell::Trap => ::device::gru::Doorbell::Trap,
+            Doorbell::Bell => ::device::gru::Doorbell::Bell,
             Doorbell::Poll => ::device::gru::Doorbell::Poll,
         },
+        map_tfh: args.map_tfh,
         engines: args.engines as usize,
+        spin: args.spin.map_or(standard.spin, std::time::Duration::from_micros),
         broken,
         faults,
-        ..GruConfig::default()
+        ..standard
     };
     args.gru.apply(&mut config);
     config

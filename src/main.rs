@@ -1,6 +1,6 @@
 //! The command-line tool: parses, calls, prints.
 //!
-//! Exit codes: 0 fine, 1 error, 2 wrong usage, 3 a stale access was found.
+//! Exit codes: 0 fine, 1 error, 2 wrong usage, 3 a stale access was found; `vm` has its own.
 
 mod allocations;
 mod bench;
@@ -14,6 +14,7 @@ mod inspect;
 mod latency;
 mod stop;
 mod supervise;
+mod vm;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -49,6 +50,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Some(Command::Device(args)) => device::run(&args).map(done),
         Some(Command::Host(args)) => host::run(&args).map(done),
         Some(Command::Bench(BenchCommand::Mmio(args))) => bench::mmio::run(&args, &mut out).map(done),
+        Some(Command::Bench(BenchCommand::Doorbell(args))) => bench::doorbell::run(&args, &mut out).map(done),
         Some(Command::BenchWake(args)) => bench::wake::run(&args).map(done),
         Some(Command::BenchEcho(args)) => bench::mmio::echo::run(&args).map(done),
         Some(Command::Conformance(args)) => conformance::run(&args, &mut out).map(|good| match good {
@@ -57,6 +59,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         }),
         Some(Command::Bench(BenchCommand::Invalidate(args))) => bench::invalidate(&args, &mut out).map(done),
         Some(Command::Inspect(args)) => inspect::run(&args, &mut out).map(done),
+        Some(Command::Vm(args)) => vm::run(&args),
         Some(Command::Application(args)) => demo::application::run(&args).map(done),
         Some(Command::Peer(args)) => demo::peer::run(&args).map(done),
         Some(Command::BenchSubject(args)) => bench::subject::run(&args).map(done),

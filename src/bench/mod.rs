@@ -1,6 +1,7 @@
 //! `tlbridge bench`.
 
 mod cases;
+pub mod doorbell;
 pub mod mmio;
 mod monitor;
 mod placement;
@@ -138,7 +139,8 @@ impl Run<'_> {
                 "--private-dir",
                 dir,
                 "--doorbell",
-                "poll"
+                "poll",
+                "--map-tfh"
             ],
         )?;
         device.expect("ready", START_LIMIT, stop)?;

@@ -173,6 +173,8 @@ fn device_args(args: &DemoArgs, dir: &Path, socket: &Path) -> Vec<OsString> {
         dir,
         "--doorbell",
         name(args.doorbell),
+        // The driver behind the daemon is ours.
+        "--map-tfh",
         "--engines",
         args.engines.to_string(),
     ];

@@ -3,6 +3,7 @@
 
 pub mod fuzzing;
 pub mod gru;
+pub mod guest;
 pub mod in_process;
 pub mod processes;
 pub mod qemu;

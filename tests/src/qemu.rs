@@ -2,7 +2,6 @@
 //! (port and memory accesses); QMP is as always. Both connect to sockets of the test, so nothing has to be
 //! polled for.
 
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -10,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use lab::qmp::{Qmp, QmpError};
+use serde_json::Value;
 
 /// Longer than anything takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -23,26 +23,9 @@ pub const ALL_ONES: u32 = u32::MAX;
 /// # Errors
 /// Why there is none: the reason of a visible skip.
 pub fn find() -> Result<PathBuf, String> {
-    let program = "qemu-system-x86_64";
-    let lab = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("tests/ is in the project")
-        .join("target/lab")
-        .join(program);
-    let candidates = match std::env::var_os("TLBRIDGE_QEMU") {
-        Some(named) => vec![named],
-        None => vec![lab.into_os_string(), OsString::from(program)],
-    };
-    for candidate in candidates {
-        let help = Command::new(&candidate).args(["-device", "help"]).output();
-        if help.is_ok_and(|out| String::from_utf8_lossy(&out.stdout).contains("vfio-user-pci")) {
-            return Ok(candidate.into());
-        }
-    }
-    Err(
-        "no QEMU with vfio-user-pci (10.1 or later): `cargo xtask lab` provides one, TLBRIDGE_QEMU names one"
-            .into(),
-    )
+    lab::Lab::locate()
+        .and_then(|lab| lab.find_qemu())
+        .map_err(|error| format!("{error:#}"))
 }
 
 /// A running QEMU. Dropping it ends it.
@@ -50,9 +33,8 @@ pub fn find() -> Result<PathBuf, String> {
 pub struct Qemu {
     child: Child,
     qtest: BufReader<UnixStream>,
-    qmp: BufReader<UnixStream>,
+    qmp: Qmp,
     log: PathBuf,
-    events: Vec<Value>,
     _directory: tempfile::TempDir,
 }
 
@@ -67,6 +49,12 @@ impl std::fmt::Display for Gone {
 }
 
 impl std::error::Error for Gone {}
+
+impl From<QmpError> for Gone {
+    fn from(error: QmpError) -> Self {
+        Self(error.to_string())
+    }
+}
 
 impl From<io::Error> for Gone {
     fn from(error: io::Error) -> Self {
@@ -142,17 +130,14 @@ impl Qemu {
             }
         };
         let (qmp, qtest) = (accept(&qmp)?, accept(&qtest)?);
-        let mut qemu = Self {
+        let qmp = Qmp::new(qmp)?;
+        Ok(Self {
             child: child.0.take().expect("not taken yet"),
             qtest: BufReader::new(qtest),
-            qmp: BufReader::new(qmp),
+            qmp,
             log,
-            events: Vec::new(),
             _directory: directory,
-        };
-        let _greeting = qemu.message()?;
-        qemu.qmp("qmp_capabilities", &json!({}))?;
-        Ok(qemu)
+        })
     }
 
     /// Its pid.
@@ -187,18 +172,7 @@ impl Qemu {
     /// # Errors
     /// QEMU has ended, or answers with an error.
     pub fn qmp(&mut self, command: &str, arguments: &Value) -> Result<Value, Gone> {
-        let line = json!({ "execute": command, "arguments": arguments }).to_string();
-        self.qmp.get_mut().write_all(format!("{line}\n").as_bytes())?;
-        loop {
-            let message = self.message()?;
-            if message.get("event").is_some() {
-                self.events.push(message);
-            } else if let Some(value) = message.get("return") {
-                return Ok(value.clone());
-            } else {
-                return Err(Gone(format!("{command}: {message}")));
-            }
-        }
+        self.qmp.execute(command, arguments).map_err(|e| self.gone(&e))
     }
 
     /// Waits for an event about a device (or any, with "").
@@ -206,28 +180,14 @@ impl Qemu {
     /// # Errors
     /// QEMU has ended, or the event does not come.
     pub fn event(&mut self, name: &str, device: &str) -> Result<(), Gone> {
-        let is_it = |e: &Value| e["event"] == name && (device.is_empty() || e["data"]["device"] == device);
-        if let Some(index) = self.events.iter().position(is_it) {
-            self.events.remove(index);
-            return Ok(());
-        }
-        loop {
-            let message = self.message()?;
-            if is_it(&message) {
-                return Ok(());
-            }
-            self.events.push(message);
+        match self.qmp.event(name, device) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(self.gone(&error)),
         }
     }
 
-    fn message(&mut self) -> Result<Value, Gone> {
-        let mut line = String::new();
-        // An end shows as one of the file, or as a reset.
-        let read = self.qmp.read_line(&mut line);
-        if !matches!(read, Ok(1..)) {
-            return Err(Gone(format!("no answer ({read:?}); QEMU said: {}", self.said())));
-        }
-        serde_json::from_str(&line).map_err(|e| Gone(format!("{line}: {e}")))
+    fn gone(&self, error: &QmpError) -> Gone {
+        Gone(format!("{error}; QEMU said: {}", self.said()))
     }
 
     /// A qtest command; the number that it answers (0 if none).

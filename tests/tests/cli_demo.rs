@@ -36,6 +36,8 @@ fn test_help_when_asked_shows_commands_examples_and_exit_codes() {
         &["device"],
         &["host"],
         &["bench", "invalidate"],
+        &["bench", "mmio"],
+        &["bench", "doorbell"],
         &["inspect"],
     ] {
         let mut arguments = command.to_vec();
@@ -259,4 +261,30 @@ fn test_bench_when_quick_prints_rows_for_both_registration_modes() {
             .iter()
             .all(|t| t["status"] == "not_applicable")
     );
+}
+
+/// Idle cost is CPU time, so it is judged here; latencies are printed.
+#[test]
+fn test_bench_doorbell_when_quick_prints_every_mode_and_an_idle_device_costs_nothing() {
+    let ended = run(&["bench", "doorbell", "--quick", "--json", "-"], 120);
+    assert_eq!(ended.status.code(), Some(0), "{}", ended.stderr);
+    let json = ended.json();
+    for mode in ["trap", "bell", "poll", "spin"] {
+        let rows = json["rows"].as_array().expect("rows");
+        let row = rows.iter().find(|row| row["mode"] == mode);
+        let row = row.unwrap_or_else(|| panic!("no row for {mode}: {json}"));
+        assert!(
+            row["vload_hit"]["p50_ns"].as_u64().is_some_and(|ns| ns > 0),
+            "{row}"
+        );
+        assert!(row["flush_p50_ns"].as_u64().is_some_and(|ns| ns > 0), "{row}");
+        let idle = row["idle_cpu_percent"].as_f64().expect("a figure");
+        // The floor does spin: the measurement measures.
+        assert!(if mode == "spin" { idle > 10.0 } else { idle < 1.0 }, "{row}");
+        println!(
+            "{mode}: VLOAD hit {} ns, idle {idle:.3}% of a CPU",
+            row["vload_hit"]["p50_ns"]
+        );
+    }
+    println!("poll over spin: {}", json["poll_over_spin"]["ratio"]);
 }

@@ -28,8 +28,8 @@ fn reasons(json: &Value, verdict: &str) -> Vec<String> {
 }
 
 #[test]
-fn test_gru_when_checked_passes_every_case_in_both_doorbell_modes() {
-    for doorbell in ["poll", "trap"] {
+fn test_gru_when_checked_passes_every_case_in_every_doorbell_mode() {
+    for doorbell in ["poll", "bell", "trap"] {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("gru.sock");
         let device = Device::start(&socket, &["--doorbell", doorbell]);

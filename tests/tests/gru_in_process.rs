@@ -1,4 +1,4 @@
-//! The real driver on the real device in one process, in both doorbell modes.
+//! The real driver on the real device in one process, in every doorbell mode.
 
 use std::sync::Arc;
 
@@ -6,16 +6,15 @@ use device::faults::{BreakPlan, FaultPlan};
 use device::gru::{Doorbell, Gru, GruConfig};
 use driver::gru::GruOptions;
 use tests::gru::rig::Rig;
+use tests::gru::{Mode, rounds};
 use tests::in_process::InProcess;
 
 const FRAMES: u32 = 4096;
 
-fn with_device(doorbell: Doorbell, options: GruOptions, body: impl FnOnce(&Rig)) {
-    let config = GruConfig {
-        doorbell,
-        ..GruConfig::default()
-    };
-    with_config(config, options, body);
+fn with_device(mode: Mode, options: impl Fn() -> GruOptions, body: impl Fn(&Rig)) {
+    for _ in 0..rounds() {
+        with_config(mode.config(), options(), &body);
+    }
 }
 
 fn with_config(config: GruConfig, options: GruOptions, body: impl FnOnce(&Rig)) {
@@ -23,35 +22,7 @@ fn with_config(config: GruConfig, options: GruOptions, body: impl FnOnce(&Rig)) 
     body(&Rig::new(Arc::new(backing), options, FRAMES));
 }
 
-mod trap {
-    use super::*;
-
-    fn with(options: GruOptions, body: impl FnOnce(&Rig)) {
-        with_device(Doorbell::Trap, options, body);
-    }
-
-    tests::gru_bodies!(with);
-
-    #[test]
-    fn test_flush_when_nothing_is_mapped_says_that_it_sleeps() {
-        with(GruOptions::default(), |rig| flushes::nonsleeping(rig, false));
-    }
-}
-
-mod poll {
-    use super::*;
-
-    fn with(options: GruOptions, body: impl FnOnce(&Rig)) {
-        with_device(Doorbell::Poll, options, body);
-    }
-
-    tests::gru_bodies!(with);
-
-    #[test]
-    fn test_flush_when_handles_are_mapped_says_that_it_does_not_sleep() {
-        with(GruOptions::default(), |rig| flushes::nonsleeping(rig, true));
-    }
-}
+tests::gru_bodies_in_every_mode!(super::with_device);
 
 /// Message queues on a chip that is always congested.
 mod congested {
@@ -89,6 +60,7 @@ mod broken {
     fn storm(broken: BreakPlan, windows: BreakPlan) -> std::thread::Result<()> {
         let config = GruConfig {
             doorbell: Doorbell::Poll,
+            map_tfh: true,
             broken,
             faults: FaultPlan::default().with_windows_of(windows),
             ..GruConfig::default()
@@ -131,6 +103,7 @@ mod broken {
     fn test_look_up_when_kill_bit_is_off_finds_stale_accesses() {
         let config = GruConfig {
             doorbell: Doorbell::Poll,
+            map_tfh: true,
             broken: KILL_BIT,
             ..GruConfig::default()
         };

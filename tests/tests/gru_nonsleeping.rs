@@ -8,9 +8,10 @@ use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use device::gru::{Doorbell, Gru, GruConfig};
+use device::gru::Gru;
 use driver::gru::{FaultMode, GruOptions, Mm};
 use protos::gru::cb::{Instruction, XType};
+use tests::gru::Mode;
 use tests::gru::memory::FRAME;
 use tests::gru::rig::{Rig, User, pattern, wants};
 use tests::in_process::InProcess;
@@ -162,11 +163,18 @@ fn flush_many(mm: &Mm, base: u64, pages: u64) -> (u64, i64, u64) {
 }
 
 #[test]
-fn test_s9_flush_when_handles_are_mapped_neither_sleeps_nor_allocates() {
-    let config = GruConfig {
-        doorbell: Doorbell::Poll,
-        ..GruConfig::default()
-    };
+fn test_s9_flush_when_polled_neither_sleeps_nor_allocates() {
+    nonsleeping(Mode::PollMapTfh);
+}
+
+/// Each flush rings an eventfd, which does not wait.
+#[test]
+fn test_s9_flush_when_it_rings_each_time_neither_sleeps_nor_allocates() {
+    nonsleeping(Mode::Bell);
+}
+
+fn nonsleeping(mode: Mode) {
+    let config = mode.config();
     let (backing, _model) = InProcess::build(|context| Gru::new(context, config)).expect("a GRU");
     let rig = Rig::new(Arc::new(backing), GruOptions::default(), 1024);
     let (mm, table) = rig.space();
@@ -202,7 +210,7 @@ fn test_s9_flush_when_handles_are_mapped_neither_sleeps_nor_allocates() {
     });
     let stats = rig.gru.stats();
     eprintln!(
-        "{} flushes: {} yields, {} spins, {} rings, longest {} us",
+        "{mode:?}: {} flushes: {} yields, {} spins, {} rings, longest {} us",
         stats.flushes,
         stats.yields,
         stats.spins,

@@ -1,15 +1,16 @@
-//! The real driver on the real device over a vfio-user socket, in both doorbell modes.
+//! The real driver on the real device over a vfio-user socket, in every doorbell mode.
 
 use std::convert::Infallible;
 use std::sync::Arc;
 
-use device::gru::{Doorbell, Gru, GruConfig};
+use device::gru::Gru;
 use device::model::Model;
 use device::pci::Function;
 use device::server::{Server, ServerOptions, StopFd};
 use driver::gru::GruOptions;
 use driver::vfio_user::VfioUserClient;
 use tests::gru::rig::Rig;
+use tests::gru::{Mode, rounds};
 
 const FRAMES: u32 = 4096;
 
@@ -22,11 +23,14 @@ impl Drop for Stop {
     }
 }
 
-fn with_device(doorbell: Doorbell, options: GruOptions, body: impl FnOnce(&Rig)) {
-    let config = GruConfig {
-        doorbell,
-        ..GruConfig::default()
-    };
+fn with_device(mode: Mode, options: impl Fn() -> GruOptions, body: impl Fn(&Rig)) {
+    for _ in 0..rounds() {
+        serve(mode, options(), &body);
+    }
+}
+
+fn serve(mode: Mode, options: GruOptions, body: impl Fn(&Rig)) {
+    let config = mode.config();
     let function = Function::new(|context| -> Result<Arc<dyn Model>, Infallible> {
         Ok(Gru::new(context, config).expect("a GRU"))
     })
@@ -46,32 +50,4 @@ fn with_device(doorbell: Doorbell, options: GruOptions, body: impl FnOnce(&Rig))
     });
 }
 
-mod trap {
-    use super::*;
-
-    fn with(options: GruOptions, body: impl FnOnce(&Rig)) {
-        with_device(Doorbell::Trap, options, body);
-    }
-
-    tests::gru_bodies!(with);
-
-    #[test]
-    fn test_flush_when_nothing_is_mapped_says_that_it_sleeps() {
-        with(GruOptions::default(), |rig| flushes::nonsleeping(rig, false));
-    }
-}
-
-mod poll {
-    use super::*;
-
-    fn with(options: GruOptions, body: impl FnOnce(&Rig)) {
-        with_device(Doorbell::Poll, options, body);
-    }
-
-    tests::gru_bodies!(with);
-
-    #[test]
-    fn test_flush_when_handles_are_mapped_says_that_it_does_not_sleep() {
-        with(GruOptions::default(), |rig| flushes::nonsleeping(rig, true));
-    }
-}
+tests::gru_bodies_in_every_mode!(super::with_device);

@@ -1,4 +1,4 @@
-//! The hammer: the whole chain on real processes, with every kind of change, in both doorbell modes and
+//! The hammer: the whole chain on real processes, with every kind of change, in every doorbell mode and
 //! both registration modes of userfaultfd. `TLBRIDGE_HAMMER_SECONDS` sets the length of each run.
 
 use std::time::Duration;
@@ -61,6 +61,11 @@ fn test_hammer_when_polled_and_missing_mode_has_no_stale_access() {
 #[test]
 fn test_hammer_when_trapped_has_no_stale_access() {
     hammer(&["--seed", "3", "--doorbell", "trap"]);
+}
+
+#[test]
+fn test_hammer_when_belled_has_no_stale_access() {
+    hammer(&["--seed", "5", "--doorbell", "bell"]);
 }
 
 #[test]

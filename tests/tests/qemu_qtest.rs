@@ -13,7 +13,9 @@ use device::pci::Function;
 use device::server::{Server, ServerOptions, StopFd};
 use driver::backing::Backing;
 use driver::vfio_user::{ConnectError, VfioUserClient};
+use protos::gru::cb::{self, Instruction};
 use protos::gru::cch::{self, Control, Opc, State};
+use protos::gru::doorbell::Mode;
 use protos::gru::{HandleStatus, map, pci};
 use serde_json::json;
 use tests::processes::{binary, is_alive};
@@ -170,13 +172,87 @@ fn use_the_gru(qemu: &mut Qemu) -> Result<(), Gone> {
     Ok(())
 }
 
+/// A kernel context and a user's: starts in whatever is mapped, rung by the rule of `protos::gru::doorbell`, at either
+/// place. Fault handles are trapped in all modes.
+fn run_instructions(qemu: &mut Qemu, mode: Mode) -> Result<(), Gone> {
+    assert_eq!(
+        qemu.read32(BAR0 + pci::STATUS_OFFSET + pci::STATUS_MODE)?,
+        u32::from(mode.0)
+    );
+    let context = 1u64;
+    let gseg = BAR2 + context * map::GSEG_STRIDE;
+    let handle = BAR2 + map::CCH + context * map::HANDLE_STRIDE;
+    qemu.write64(handle + cch::CBR_MAP, 1)?;
+    for opc in [Opc::ALLOCATE, Opc::START] {
+        let command = Control::new()
+            .with_cmd(true)
+            .with_opc(opc)
+            .with_dsr_allocation_map(1);
+        qemu.write64(handle + cch::CONTROL, command.into())?;
+        wait(qemu, "a CCH command", |qemu| {
+            let control = Control::from(qemu.read64(handle + cch::CONTROL)?);
+            Ok(!control.cmd() && control.status() == HandleStatus::IDLE)
+        })?;
+    }
+    assert_eq!(
+        qemu.read32(gseg + map::GSEG_STATUS + map::GSEG_STATUS_MODE)?,
+        u32::from(mode.0)
+    );
+    let places = [
+        (
+            BAR0 + pci::STATUS_OFFSET + pci::STATUS_AWAKE,
+            BAR0 + pci::DOORBELL_OFFSET,
+        ),
+        (
+            gseg + map::GSEG_STATUS + map::GSEG_STATUS_AWAKE,
+            gseg + map::GSEG_BELL,
+        ),
+    ];
+    for (awake, bell) in places.into_iter().cycle().take(20) {
+        qemu.write64(gseg, Instruction::nop().control.into_bits())?;
+        let awake = qemu.read32(awake)?;
+        assert!(
+            mode == Mode::POLL || (awake == 0) == (mode == Mode::BELL),
+            "{mode:?}: {awake}"
+        );
+        if awake == 0 {
+            qemu.write32(bell, 0)?;
+        }
+        wait(qemu, "a NOP", |qemu| {
+            let control = cb::Control::from_bits(qemu.read64(gseg)?);
+            Ok(!control.icmd() && control.istatus() == cb::Status::IDLE)
+        })?;
+    }
+    for opc in [Opc::INTERRUPT, Opc::DEALLOCATE] {
+        qemu.write64(handle, Control::new().with_cmd(true).with_opc(opc).into())?;
+        wait(qemu, "a CCH command", |qemu| {
+            let control = Control::from(qemu.read64(handle + cch::CONTROL)?);
+            Ok(!control.cmd() && control.status() == HandleStatus::IDLE)
+        })?;
+    }
+    Ok(())
+}
+
+fn wait(
+    qemu: &mut Qemu,
+    what: &str,
+    mut done: impl FnMut(&mut Qemu) -> Result<bool, Gone>,
+) -> Result<(), Gone> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !done(qemu)? {
+        assert!(Instant::now() < deadline, "{what} does not end");
+    }
+    Ok(())
+}
+
 #[test]
-fn test_qemu_when_attached_uses_bars_and_msix_in_both_doorbell_modes() {
+fn test_qemu_when_attached_uses_bars_and_msix_in_every_doorbell_mode() {
     let program = qemu_or_skip!();
-    for doorbell in ["poll", "trap"] {
+    for (doorbell, mode) in [("poll", Mode::POLL), ("bell", Mode::BELL), ("trap", Mode::TRAP)] {
         let device = Device::start(doorbell);
         let mut qemu = attached(&program, &device, Memory::Shared, &[]).unwrap();
         use_the_gru(&mut qemu).unwrap();
+        run_instructions(&mut qemu, mode).unwrap();
         // A second client is one too many as long as QEMU is there.
         assert!(VfioUserClient::connect(&device.socket).is_err());
         qemu.qmp("quit", &json!({})).unwrap();

@@ -16,9 +16,11 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &["tlbridge-protos", "tlbridge-driver", "tlbridge-agent"],
     ),
     ("tlbridge-host", &["tlbridge-protos", "tlbridge-driver"]),
+    ("tlbridge-lab", &[]),
     (
         "tlbridge-tests",
         &[
+            "tlbridge-lab",
             "tlbridge-protos",
             "tlbridge-device",
             "tlbridge-driver",
@@ -29,6 +31,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "tlbridge",
         &[
+            "tlbridge-lab",
             "tlbridge-protos",
             "tlbridge-device",
             "tlbridge-driver",
@@ -36,7 +39,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "tlbridge-host",
         ],
     ),
-    ("xtask", &[]),
+    ("tlbridge-guest-tests", &["tlbridge-protos"]),
+    ("xtask", &["tlbridge-lab"]),
 ];
 
 /// Fails with every edge that points the wrong way.

@@ -17,8 +17,17 @@ struct Step {
     command: fn(&Path) -> Command,
 }
 
+/// How often the soak runs each GRU test in each doorbell mode.
+const GRU_ROUNDS: &str = "20";
+
+/// Runs of the hammer, each of which takes as long as it is told.
+const HAMMERS: u64 = 5;
+
 /// Tests that need no process, socket or privilege beyond their own process.
 const IN_PROCESS: &[&str] = &["gru_in_process"];
+
+/// Tests that boot guests in QEMU: `guest_*.rs`.
+const GUEST: &str = "guest_";
 
 const STEPS: &[Step] = &[
     Step {
@@ -72,13 +81,19 @@ const STEPS: &[Step] = &[
         name: "in-process",
         what: "the real driver on the real device, one process",
         limit: Duration::from_secs(15 * 60),
-        command: |root| integration(root, true),
+        command: |root| integration(root, Tier::InProcess),
     },
     Step {
         name: "sandbox",
         what: "processes, sockets, userfaultfd",
         limit: Duration::from_secs(40 * 60),
-        command: |root| integration(root, false),
+        command: |root| integration(root, Tier::Sandbox),
+    },
+    Step {
+        name: "guest",
+        what: "stock kernels in QEMU with our devices",
+        limit: Duration::from_secs(60 * 60),
+        command: |root| integration(root, Tier::Guest),
     },
 ];
 
@@ -88,7 +103,27 @@ fn cargo(arguments: &[&str]) -> Command {
     c
 }
 
-fn integration(root: &Path, in_process: bool) -> Command {
+/// What an integration test may assume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tier {
+    InProcess,
+    Sandbox,
+    Guest,
+}
+
+impl Tier {
+    fn of(test: &str) -> Self {
+        if IN_PROCESS.contains(&test) {
+            Self::InProcess
+        } else if test.starts_with(GUEST) {
+            Self::Guest
+        } else {
+            Self::Sandbox
+        }
+    }
+}
+
+fn integration(root: &Path, tier: Tier) -> Command {
     let mut c = cargo(&["test", "--no-fail-fast", "--release", "-p", "tlbridge-tests"]);
     // What the sandbox tests start: the binary and the agent library of the step before.
     c.env("TLBRIDGE_BIN", root.join("target/release/tlbridge"));
@@ -97,7 +132,7 @@ fn integration(root: &Path, in_process: bool) -> Command {
         root.join("target/release/libtlbridge_agent.so"),
     );
     for name in test_targets(root) {
-        if IN_PROCESS.contains(&name.as_str()) == in_process {
+        if Tier::of(&name) == tier {
             c.args(["--test", &name]);
         }
     }
@@ -154,15 +189,15 @@ pub fn test(only: &[String], keep_going: bool) -> anyhow::Result<bool> {
     if only.is_empty() || only.iter().any(|o| o == "layering") {
         layering::check()?;
     }
-    if only.is_empty() || only.iter().any(|o| ["lab", "sandbox"].contains(&o.as_str())) {
-        println!("== lab: a QEMU with vfio-user-pci");
-        match lab::provide(&root)? {
-            lab::Lab::Qemu(path) => println!("-- lab: ok, {}", path.display()),
-            lab::Lab::Unavailable(why) => {
-                println!("-- lab: unavailable: {why}");
-                totals.skips.push(format!("tests with QEMU: {why}"));
-            }
-        }
+    if only.is_empty()
+        || only
+            .iter()
+            .any(|o| ["lab", "sandbox", "guest"].contains(&o.as_str()))
+    {
+        println!("== lab: QEMU, kernel and modules for guests");
+        let missing = lab::provide()?;
+        println!("-- lab: {}", if missing.is_empty() { "ok" } else { "incomplete" });
+        totals.skips.extend(missing);
     }
     for s in STEPS
         .iter()
@@ -277,18 +312,31 @@ pub fn soak(minutes: u64, fuzz_minutes: u64) -> anyhow::Result<bool> {
         if !build.ok {
             return Ok(false);
         }
-        let mut command = integration(&root, false);
+        let mut command = integration(&root, Tier::Sandbox);
         command
             .env("TLBRIDGE_HAMMER_SECONDS", (minutes * 60).to_string())
-            .env("TLBRIDGE_ROUNDS", "200");
+            .env("TLBRIDGE_ROUNDS", "200")
+            .env("TLBRIDGE_GRU_ROUNDS", GRU_ROUNDS);
         let log = logs.join("soak.log");
-        println!("== soak: hammer of {minutes} minutes, 200 rounds where rounds count");
-        let limit = Duration::from_secs(minutes * 60 * 3) + 120 * MINUTE;
+        println!(
+            "== soak: hammer of {minutes} minutes, 200 rounds where rounds count, each GRU test {GRU_ROUNDS} times"
+        );
+        let limit = Duration::from_secs(minutes * 60 * HAMMERS) + 180 * MINUTE;
         let outcome = step("soak", &mut command, &log, limit)?;
         report("soak", &outcome, &log);
         totals.add(&outcome.totals);
         if !outcome.ok {
             failed_steps.push("soak");
+        }
+        let mut command = integration(&root, Tier::InProcess);
+        command.env("TLBRIDGE_GRU_ROUNDS", GRU_ROUNDS);
+        let log = logs.join("soak-in-process.log");
+        println!("== soak: the driver on the device in one process, each test {GRU_ROUNDS} times");
+        let outcome = step("soak-in-process", &mut command, &log, 60 * MINUTE)?;
+        report("soak-in-process", &outcome, &log);
+        totals.add(&outcome.totals);
+        if !outcome.ok {
+            failed_steps.push("soak-in-process");
         }
     }
     if fuzz_minutes > 0 {

@@ -237,6 +237,7 @@ impl Hardware {
             let at = chiplet.ds(number) + unit * map::DSR_AU as u64;
             self.memory.store_bytes(at, &[0; map::DSR_AU]);
         }
+        self.wake.show_to(chiplet.gseg(number));
         for cbr in physical_cbrs(context) {
             self.clear_cbr_handles(chiplet, cbr);
         }

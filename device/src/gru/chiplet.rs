@@ -236,13 +236,17 @@ impl Chiplet {
     fn base(&self) -> u64 {
         self.index as u64 * map::CHIPLET_SIZE
     }
+    /// BAR2 offset of a context's GSEG.
+    pub(super) fn gseg(&self, context: usize) -> u64 {
+        self.base() + context as u64 * map::GSEG_STRIDE
+    }
     /// BAR2 offset of a logical CB.
     pub(super) fn cb(&self, context: usize, logical: usize) -> u64 {
-        self.base() + context as u64 * map::GSEG_STRIDE + map::GSEG_CB + logical as u64 * map::HANDLE_STRIDE
+        self.gseg(context) + map::GSEG_CB + logical as u64 * map::HANDLE_STRIDE
     }
     /// BAR2 offset of a context's data segment.
     pub(super) fn ds(&self, context: usize) -> u64 {
-        self.base() + context as u64 * map::GSEG_STRIDE + map::GSEG_DS
+        self.gseg(context) + map::GSEG_DS
     }
     /// BAR2 offset of a fault map.
     pub(super) fn tfm(&self, index: usize) -> u64 {

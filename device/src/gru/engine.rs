@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use super::Doorbell;
 use super::hardware::Hardware;
 use crate::atc;
 
@@ -80,7 +81,11 @@ impl Drop for Vital {
 pub(super) fn run(hardware: &Arc<Hardware>, mut bench: Bench) {
     let _vital = Vital;
     let wake = &hardware.wake;
-    let mut spin = Spin::new(hardware.config.spin, hardware.polite);
+    let limit = match hardware.config.doorbell {
+        Doorbell::Bell => Duration::ZERO,
+        Doorbell::Trap | Doorbell::Poll => hardware.config.spin,
+    };
+    let mut spin = Spin::new(limit, hardware.polite);
     let mut passes = 0u32;
     let mut full = true;
     let mut timed = false;

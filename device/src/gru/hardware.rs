@@ -23,7 +23,7 @@ use crate::pci::Interrupts;
 pub(super) struct Hardware {
     pub(super) config: GruConfig,
     /// BAR2.
-    pub(super) memory: BarMemory,
+    pub(super) memory: Arc<BarMemory>,
     pub(super) wake: Arc<Wake>,
     pub(super) chiplets: Vec<Chiplet>,
     pub(super) interrupts: Arc<Interrupts>,

@@ -6,9 +6,10 @@
 //!
 //! # How a store becomes a command
 //! All words live in one memfd for BAR2. In [`Doorbell::Trap`] mode the connection's thread stores into it
-//! and rings; in [`Doorbell::Poll`] mode software stores into the mapped file and rings by the doorbell page
-//! (or its ioeventfd) when no engine is awake. Engines execute what they find: the same code in both modes.
-//! CBE and CCH are trapped in both.
+//! and rings; in the other modes software stores into the mapped file and rings by a doorbell page (BAR0's, or the
+//! one of its GSEG; or BAR0's ioeventfd): after each start in [`Doorbell::Bell`] mode, when no engine is awake in
+//! [`Doorbell::Poll`] mode. [`protos::gru::doorbell`] has the layout. Engines execute what they find: the same code
+//! in all modes. CBE and CCH are trapped in all of them, TFH unless [`GruConfig::map_tfh`] says otherwise.
 //!
 //! # What is not implemented
 //! * Address classes other than RAM: IAA_GAA_MISMATCH, or ADDRESS_SPACE_DECODE_ERROR where both sides say the same.
@@ -57,7 +58,11 @@ pub enum Doorbell {
     /// Every access is a message; nothing can be mapped.
     #[default]
     Trap,
-    /// GSEG, TFM, TGH and TFH can be mapped; software rings when no engine is awake.
+    /// GSEG, TFM and TGH can be mapped; software rings after each start. Nothing polls: an engine looks when it is
+    /// rung, and sleeps when it has found nothing more.
+    Bell,
+    /// GSEG, TFM and TGH can be mapped; engines look for work for a while before they sleep, and software rings when
+    /// no engine is awake.
     Poll,
 }
 
@@ -117,9 +122,13 @@ impl Regions {
 pub struct GruConfig {
     /// How commands are noticed.
     pub doorbell: Doorbell,
+    /// TFH can be mapped, too (not in [`Doorbell::Trap`] mode). Only for drivers that store DW0 of a TFH absolutely:
+    /// the kernel's ORs into a status of EXCEPTION and would take its own store for an answer (section 17.1).
+    pub map_tfh: bool,
     /// Engine threads, 1 to 16.
     pub engines: usize,
-    /// Longest time that an engine looks for work before it sleeps. Zero: sleeps at once.
+    /// Longest time that an engine looks for work before it sleeps. Zero: sleeps at once, as always in
+    /// [`Doorbell::Bell`] mode.
     pub spin: Duration,
     /// TLB sets of a chiplet (16.1).
     pub tlb_sets: usize,
@@ -150,6 +159,7 @@ impl Default for GruConfig {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             doorbell: Doorbell::Trap,
+            map_tfh: false,
             engines: 2,
             spin: Duration::from_micros(if cpus <= 2 { 50 } else { 200 }),
             tlb_sets: 1024,
@@ -243,8 +253,10 @@ impl Gru {
         }
         let system = |what| move |source| GruError::System { what, source };
         let memory = BarMemory::new("gru-bar2", pci::BAR_CHIPLETS_SIZE).map_err(system("BAR2's memory"))?;
+        let memory = Arc::new(memory);
         let status = BarMemory::new("gru-bar0", pci::BAR_DOORBELL_SIZE).map_err(system("BAR0's memory"))?;
-        let wake = Arc::new(Wake::new(status).map_err(system("the doorbell"))?);
+        let wake = Wake::new(config.doorbell, status, Arc::clone(&memory)).map_err(system("the doorbell"))?;
+        let wake = Arc::new(wake);
         let atc_config = AtcConfig {
             sets: config.tlb_sets,
             ways: config.tlb_ways,
@@ -394,7 +406,10 @@ impl Model for Gru {
                 size: pci::BAR_CHIPLETS_SIZE,
                 is_64bit: true,
                 prefetchable: true,
-                mmap: mmap(&self.hardware.memory, mappable_areas()),
+                mmap: mmap(
+                    &self.hardware.memory,
+                    mappable_areas(self.hardware.config.map_tfh),
+                ),
             },
         ]
     }
@@ -475,18 +490,20 @@ impl Model for Gru {
     }
 }
 
-/// What a client may map in [`Doorbell::Poll`] mode: GSEGs, fault maps, flush and fault handles.
-fn mappable_areas() -> Vec<(u64, u64)> {
+/// What a client may map when not everything is trapped: what software reads and writes of the GSEGs, fault maps,
+/// flush handles, and fault handles if asked for. The rest of a GSEG has to be trapped for its doorbell page.
+fn mappable_areas(tfh: bool) -> Vec<(u64, u64)> {
     let region = |handles: usize| (handles as u64 * map::HANDLE_STRIDE).next_multiple_of(0x1000);
-    (0..map::CHIPLETS as u64)
-        .flat_map(|chiplet| {
-            let base = chiplet * map::CHIPLET_SIZE;
-            [
-                (base, map::GSEG_STRIDE * map::CONTEXTS as u64),
-                (base + map::TFM, region(map::TFMS)),
-                (base + map::TGH, region(map::TGHS)),
-                (base + map::TFH, region(map::CBRS)),
-            ]
-        })
-        .collect()
+    let mut areas = Vec::new();
+    for chiplet in 0..map::CHIPLETS as u64 {
+        let base = chiplet * map::CHIPLET_SIZE;
+        let gsegs = (0..map::CONTEXTS as u64).map(|context| base + context * map::GSEG_STRIDE);
+        areas.extend(gsegs.map(|gseg| (gseg, map::GSEG_MAPPABLE)));
+        areas.push((base + map::TFM, region(map::TFMS)));
+        areas.push((base + map::TGH, region(map::TGHS)));
+        if tfh {
+            areas.push((base + map::TFH, region(map::CBRS)));
+        }
+    }
+    areas
 }

@@ -1,6 +1,6 @@
 //! Trapped accesses to BAR2: decode, store into the memory that mapped clients see as well, ring.
 //!
-//! The same words are executed by the same code in both doorbell modes; what is added here is what only a
+//! The same words are executed by the same code in all doorbell modes; what is added here is what only a
 //! trap can give: a GSEG exists only while its context is allocated, and a command's status is made ACTIVE
 //! *by the store* (the kernel driver ORs 2 into a TFH whose status is 1, section 17.1).
 
@@ -25,6 +25,10 @@ enum Region {
     TfhControl,
     /// Word 0 of a CCH.
     CchControl { chiplet: usize, context: usize },
+    /// A GSEG's status page: written by the device only.
+    GsegStatus,
+    /// A GSEG's doorbell page: any write rings.
+    GsegBell,
     /// Nothing, or a part of a GSEG that is not allocated: reads all ones, ignores writes.
     Hole,
 }
@@ -57,11 +61,10 @@ impl Hardware {
             let value = match self.decode(word) {
                 Region::Hole => u64::MAX,
                 Region::Tfm => self.tfm_read(word, mask),
-                Region::TghControl | Region::CchControl { .. } => {
-                    let value = self.memory.word(word).load(Ordering::Acquire);
-                    self.trapped.remember(word, mask, value);
-                    value
-                }
+                Region::GsegBell => 0,
+                Region::TghControl | Region::CchControl { .. } => self
+                    .trapped
+                    .read(word, mask, || self.memory.word(word).load(Ordering::Acquire)),
                 _ => self.memory.word(word).load(Ordering::Acquire),
             };
             let bytes = (value >> shift).to_le_bytes();
@@ -82,7 +85,8 @@ impl Hardware {
     fn store(&self, offset: u64, mask: u64, value: u64) {
         let go = mask & value & 1 != 0;
         match self.decode(offset) {
-            Region::Hole => {}
+            Region::Hole | Region::GsegStatus => {}
+            Region::GsegBell => self.ring(),
             Region::Memory => self.memory.merge(offset, mask, value),
             Region::Tfm => self.tfm_write(offset, mask, value),
             Region::CbControl => {
@@ -142,17 +146,18 @@ impl Hardware {
     /// A write that changes nothing but the software lock against what the last read returned is the second
     /// half of a locked operation: only that bit is taken, so that what the device did meanwhile stays.
     fn lock_bit_only(&self, offset: u64, mask: u64, value: u64, lock: u64) -> bool {
-        let seen = self.trapped.remembered(offset);
-        if (seen ^ value) & mask & !lock != 0 || mask & lock == 0 {
-            return false;
-        }
-        if value & lock != 0 {
-            self.memory.word(offset).fetch_or(lock, Ordering::AcqRel);
-        } else {
-            self.memory.word(offset).fetch_and(!lock, Ordering::AcqRel);
-        }
-        self.trapped.remember(offset, lock, value);
-        true
+        self.trapped.change(offset, |seen| {
+            if (*seen ^ value) & mask & !lock != 0 || mask & lock == 0 {
+                return false;
+            }
+            if value & lock != 0 {
+                self.memory.word(offset).fetch_or(lock, Ordering::AcqRel);
+            } else {
+                self.memory.word(offset).fetch_and(!lock, Ordering::AcqRel);
+            }
+            *seen = *seen & !lock | value & lock;
+            true
+        })
     }
 
     fn decode(&self, offset: u64) -> Region {
@@ -206,7 +211,9 @@ impl Hardware {
                     Region::Memory
                 }
             }
-            map::GSEG_DS.. if within - map::GSEG_DS < context.ds_bytes() => Region::Memory,
+            map::GSEG_BELL..map::GSEG_PAGE => Region::GsegBell,
+            map::GSEG_STATUS..map::GSEG_MAPPABLE => Region::GsegStatus,
+            map::GSEG_DS..map::GSEG_STATUS if within - map::GSEG_DS < context.ds_bytes() => Region::Memory,
             _ => Region::Hole,
         }
     }

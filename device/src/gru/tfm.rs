@@ -48,16 +48,16 @@ impl Hardware {
 
     /// A trapped read: what it returns may be cleared by the next write.
     pub(super) fn tfm_read(&self, offset: u64, mask: u64) -> u64 {
-        let value = self.memory.word(offset).load(Ordering::Acquire);
-        self.trapped.remember(offset, mask, value);
-        value
+        let load = || self.memory.word(offset).load(Ordering::Acquire);
+        self.trapped.read(offset, mask, load)
     }
 
     /// A trapped write.
     pub(super) fn tfm_write(&self, offset: u64, mask: u64, value: u64) {
-        let seen = self.trapped.remembered(offset);
-        let clear = seen & !value & mask;
-        self.memory.word(offset).fetch_and(!clear, Ordering::AcqRel);
-        self.trapped.remember(offset, clear, 0);
+        self.trapped.change(offset, |seen| {
+            let clear = *seen & !value & mask;
+            self.memory.word(offset).fetch_and(!clear, Ordering::AcqRel);
+            *seen &= !clear;
+        });
     }
 }

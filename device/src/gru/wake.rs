@@ -2,7 +2,8 @@
 //!
 //! The status page carries `awake`, the number of engines that will look at all of device memory again
 //! before they sleep. Software stores its command, fences, and rings only if it reads 0. An engine lowers the
-//! count, fences, and looks once more before it sleeps. So one of the two sees the other.
+//! count, fences, and looks once more before it sleeps. So one of the two sees the other. Each GSEG has a copy for
+//! its user, who can map nothing else. In bell mode software always reads 0, in trap mode 1.
 //!
 //! Sleeping engines wait on one epoll instance that watches two eventfds edge-triggered: a ring wakes exactly
 //! one of them, and the others go on listening. So an engine that is busy with something that may take long (a
@@ -14,21 +15,26 @@
 
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustix::io::ReadWriteFlags;
 
-use protos::gru::pci;
+use protos::gru::doorbell::Mode;
+use protos::gru::{map, pci};
 
+use super::Doorbell;
 use super::memory::BarMemory;
 
 /// Doorbell, `awake` word and sleeping engines.
 #[derive(Debug)]
 pub(super) struct Wake {
     status: BarMemory,
+    /// BAR2: the copies in the GSEGs.
+    chiplets: Arc<BarMemory>,
+    mode: Mode,
     /// Shared with the client.
     doorbell: OwnedFd,
     /// The device's own.
@@ -48,19 +54,23 @@ pub(super) struct Wake {
 }
 
 impl Wake {
-    /// `status` is BAR0.
-    pub(super) fn new(status: BarMemory) -> io::Result<Self> {
-        status
-            .word(pci::STATUS_OFFSET + pci::STATUS_MAGIC)
-            .store(pci::STATUS_MAGIC_VALUE, Ordering::Release);
+    /// `status` is BAR0, `chiplets` is BAR2.
+    pub(super) fn new(doorbell: Doorbell, status: BarMemory, chiplets: Arc<BarMemory>) -> io::Result<Self> {
+        let mode = match doorbell {
+            Doorbell::Trap => Mode::TRAP,
+            Doorbell::Bell => Mode::BELL,
+            Doorbell::Poll => Mode::POLL,
+        };
         let doorbell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let sleepers = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&sleepers, &doorbell, epoll::EventData::new_u64(0), flags)?;
         epoll::add(&sleepers, &bell, epoll::EventData::new_u64(1), flags)?;
-        Ok(Self {
+        let wake = Self {
             status,
+            chiplets,
+            mode,
             doorbell,
             bell,
             sleepers,
@@ -72,7 +82,9 @@ impl Wake {
             resets: AtomicU32::new(0),
             rings: AtomicU64::new(0),
             parks: AtomicU64::new(0),
-        })
+        };
+        wake.publish();
+        Ok(wake)
     }
 
     /// BAR0's memory.
@@ -86,16 +98,73 @@ impl Wake {
     }
 
     fn change(&self, by: i32) {
-        let mut count = self.count.lock().expect("no thread dies while it counts engines");
+        let mut count = self.count();
+        let before = *count;
         *count = count
             .checked_add_signed(by)
             .expect("an engine leaves as often as it enters");
         self.awake.store(*count, Ordering::SeqCst);
-        self.status
-            .word32(pci::STATUS_OFFSET + pci::STATUS_AWAKE)
-            .store(*count, Ordering::SeqCst);
+        if self.mode == Mode::POLL {
+            self.status
+                .word32(pci::STATUS_OFFSET + pci::STATUS_AWAKE)
+                .store(*count, Ordering::SeqCst);
+            if (before == 0) != (*count == 0) {
+                self.publish_gsegs(*count);
+            }
+        }
         drop(count);
         fence(Ordering::SeqCst);
+    }
+
+    fn count(&self) -> MutexGuard<'_, u32> {
+        self.count.lock().expect("no thread dies while it counts engines")
+    }
+
+    /// What software is to see of a count.
+    fn shown(&self, count: u32) -> u32 {
+        match self.mode {
+            Mode::TRAP => 1,
+            Mode::BELL => 0,
+            _ => count,
+        }
+    }
+
+    /// Writes everything that software reads, whatever a client has done to it.
+    fn publish(&self) {
+        let count = self.count();
+        let word = |offset| self.status.word32(pci::STATUS_OFFSET + offset);
+        word(pci::STATUS_AWAKE).store(self.shown(*count), Ordering::SeqCst);
+        word(pci::STATUS_MODE).store(u32::from(self.mode.0), Ordering::SeqCst);
+        self.status
+            .word(pci::STATUS_OFFSET + pci::STATUS_MAGIC)
+            .store(pci::STATUS_MAGIC_VALUE, Ordering::Release);
+        self.publish_gsegs(*count);
+        drop(count);
+        fence(Ordering::SeqCst);
+    }
+
+    /// The caller holds the count.
+    fn publish_gsegs(&self, count: u32) {
+        for chiplet in 0..map::CHIPLETS as u64 {
+            for context in 0..map::CONTEXTS as u64 {
+                self.publish_gseg(count, chiplet * map::CHIPLET_SIZE + context * map::GSEG_STRIDE);
+            }
+        }
+    }
+
+    fn publish_gseg(&self, count: u32, gseg: u64) {
+        // One store of awake and mode.
+        let value = u64::from(self.shown(count) != 0) | u64::from(self.mode.0) << (8 * map::GSEG_STATUS_MODE);
+        let word = self
+            .chiplets
+            .word(gseg + map::GSEG_STATUS + map::GSEG_STATUS_AWAKE);
+        word.store(value, Ordering::SeqCst);
+    }
+
+    /// The GSEG at this offset of BAR2 gets a new owner: what the last one may have stored there goes.
+    pub(super) fn show_to(&self, gseg: u64) {
+        let count = self.count();
+        self.publish_gseg(*count, gseg);
     }
 
     /// A reset begins: said before anything is cleared.
@@ -109,10 +178,7 @@ impl Wake {
 
     /// A reset is complete.
     pub(super) fn count_reset(&self) {
-        // The page as it should be, whatever the last client has done to it.
-        let magic = self.status.word(pci::STATUS_OFFSET + pci::STATUS_MAGIC);
-        magic.store(pci::STATUS_MAGIC_VALUE, Ordering::Release);
-        self.change(0);
+        self.publish();
         let resets = self.resets.fetch_add(1, Ordering::SeqCst) + 1;
         self.status
             .word32(pci::STATUS_OFFSET + pci::STATUS_RESETS)
@@ -238,7 +304,7 @@ impl Wake {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, mpsc};
+    use std::sync::mpsc;
 
     use rustix::fs::{OFlags, fcntl_setfl};
 
@@ -246,7 +312,8 @@ mod tests {
 
     fn wake() -> Arc<Wake> {
         let status = BarMemory::new("test", pci::BAR_DOORBELL_SIZE).unwrap();
-        Arc::new(Wake::new(status).unwrap())
+        let chiplets = BarMemory::new("test", pci::BAR_CHIPLETS_SIZE).unwrap();
+        Arc::new(Wake::new(Doorbell::Poll, status, Arc::new(chiplets)).unwrap())
     }
 
     /// [`Wake::sleep`] without a limit has to end because something rang.

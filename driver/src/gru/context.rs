@@ -230,9 +230,9 @@ impl Context {
     pub fn gseg(&self) -> Result<Gseg, GruError> {
         let core = &self.inner.core;
         let (cbs, ds_bytes) = (self.cbs(), self.ds_bytes());
-        let mapped = core.window.is_mapped(self.gseg_offset(), map::GSEG_PAGE);
+        let mapped = core.window.is_mapped(self.gseg_offset(), map::GSEG_MAPPABLE);
         let mut user = if mapped {
-            let opened = Gseg::of_backing(&**core.window.backing(), self.gseg_offset(), cbs, ds_bytes);
+            let opened = Gseg::of_backing(core.window.backing(), self.gseg_offset(), cbs, ds_bytes);
             core.io("mapping a GSEG", opened)?
         } else {
             Gseg::by_message(Box::new(ByMessage(Arc::clone(&self.inner))), cbs, ds_bytes)

@@ -211,7 +211,7 @@ impl Gru {
     /// Whether users can map GSEGs.
     #[must_use]
     pub fn gseg_is_mappable(&self) -> bool {
-        self.doorbell().is_some() && self.core.window.is_mapped(core::gseg(0, 0), map::GSEG_PAGE)
+        self.doorbell().is_some() && self.core.window.is_mapped(core::gseg(0, 0), map::GSEG_MAPPABLE)
     }
 
     /// File of the chiplets' BAR and the file offset of BAR offset 0, when users can map GSEGs.

@@ -7,6 +7,7 @@ use std::fmt;
 use std::hint::spin_loop;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
@@ -97,11 +98,35 @@ enum Access {
     Mapped {
         gseg: Mapping,
         status: Option<Mapping>,
-        doorbell: OwnedFd,
+        doorbell: Doorbell,
         /// The device's count of resets begun when this was mapped.
         resets: u32,
     },
     Message(Box<dyn GsegAccess>),
+}
+
+/// How a user wakes the device.
+#[derive(Debug)]
+pub enum Doorbell {
+    /// The eventfd that stands for the device's doorbell page: a ring is a system call that does not wait.
+    EventFd(OwnedFd),
+    /// The GSEG's doorbell page at this offset of the chiplets' BAR, written by message.
+    Page(Arc<dyn Backing>, u64),
+}
+
+impl Doorbell {
+    fn ring(&self) -> io::Result<()> {
+        match self {
+            Self::EventFd(fd) => ring_eventfd(fd.as_fd()),
+            Self::Page(backing, at) => backing.write_posted(pci::BAR_CHIPLETS, *at, &[0; 4]),
+        }
+    }
+}
+
+impl From<OwnedFd> for Doorbell {
+    fn from(eventfd: OwnedFd) -> Self {
+        Self::EventFd(eventfd)
+    }
 }
 
 impl fmt::Debug for Gseg {
@@ -120,7 +145,7 @@ impl Gseg {
     /// * `bar`, `offset`: the file of the chiplets' BAR, and the place of the GSEG in that file.
     /// * `status`: the file of the doorbell BAR and the place of the status page in it; without it every
     ///   start rings.
-    /// * `doorbell`: the eventfd that wakes the device.
+    /// * `doorbell`: what wakes the device; an eventfd will do.
     ///
     /// # Errors
     /// The error of mmap.
@@ -128,11 +153,11 @@ impl Gseg {
         bar: BorrowedFd<'_>,
         offset: u64,
         status: Option<(BorrowedFd<'_>, u64)>,
-        doorbell: OwnedFd,
+        doorbell: impl Into<Doorbell>,
         cbs: usize,
         ds_bytes: usize,
     ) -> io::Result<Self> {
-        let gseg = Mapping::new(bar, offset, map::GSEG_PAGE, true)?;
+        let gseg = Mapping::new(bar, offset, map::GSEG_MAPPABLE, true)?;
         let status = match status {
             Some((fd, at)) => Some(Mapping::new(fd, at, 4096, false)?),
             None => None,
@@ -144,7 +169,7 @@ impl Gseg {
             access: Access::Mapped {
                 gseg,
                 status,
-                doorbell,
+                doorbell: doorbell.into(),
                 resets,
             },
             cbs,
@@ -153,16 +178,23 @@ impl Gseg {
         })
     }
 
-    /// Maps the GSEG at `offset` of a backing's chiplet BAR.
+    /// Maps the GSEG at `offset` of a backing's chiplet BAR. Where the device has no eventfd for its doorbell the
+    /// GSEG's own doorbell page is written.
     ///
     /// # Errors
     /// `Unsupported` when the device does not allow it; the error of mmap.
-    pub fn of_backing(backing: &dyn Backing, offset: u64, cbs: usize, ds_bytes: usize) -> io::Result<Self> {
+    pub fn of_backing(
+        backing: &Arc<dyn Backing>,
+        offset: u64,
+        cbs: usize,
+        ds_bytes: usize,
+    ) -> io::Result<Self> {
         let unsupported = || io::Error::from(io::ErrorKind::Unsupported);
         let (bar, base) = backing.bar_fd(pci::BAR_CHIPLETS).ok_or_else(unsupported)?;
-        let doorbell = backing
-            .io_eventfd(pci::BAR_DOORBELL, pci::DOORBELL_OFFSET)?
-            .ok_or_else(unsupported)?;
+        let doorbell = match backing.io_eventfd(pci::BAR_DOORBELL, pci::DOORBELL_OFFSET)? {
+            Some(eventfd) => Doorbell::EventFd(eventfd),
+            None => Doorbell::Page(Arc::clone(backing), offset + map::GSEG_BELL),
+        };
         let status = backing
             .bar_fd(pci::BAR_DOORBELL)
             .filter(|_| !backing.bar(pci::BAR_DOORBELL).mappable.is_empty())
@@ -298,7 +330,7 @@ impl Gseg {
         fence(Ordering::SeqCst);
         match status {
             Some(page) if page.load32(pci::STATUS_AWAKE) != 0 => Ok(()),
-            _ => ring_eventfd(doorbell.as_fd()),
+            _ => doorbell.ring(),
         }
     }
 

@@ -15,11 +15,13 @@ const PAGE: u64 = 4096;
 
 /// The chiplets' BAR, the status page and the doorbell.
 ///
-/// Which areas are mapped is the device's choice: with `--doorbell trap` none, with `--doorbell poll` GSEG,
-/// TFM, TGH and TFH; CCH and CBE never are.
+/// Which areas are mapped is the device's choice (see [`protos::gru::doorbell`]): with `--doorbell trap` none, else
+/// the used part of each GSEG, TFM and TGH, and TFH with `--map-tfh`; CCH and CBE never are. Nothing here depends on
+/// the mode beyond that: `awake` says when to ring.
 #[derive(Debug)]
 pub(crate) struct Window {
     backing: Arc<dyn Backing>,
+    /// By start.
     areas: Vec<Area>,
     status: Option<Mapping>,
     doorbell: Option<OwnedFd>,
@@ -42,6 +44,7 @@ impl Window {
                     map: Mapping::new(fd, base + start, len, true)?,
                 });
             }
+            areas.sort_by_key(|area| area.start);
         }
         let mut status = None;
         if let Some((fd, base)) = backing.bar_fd(pci::BAR_DOORBELL) {
@@ -74,10 +77,10 @@ impl Window {
     }
 
     fn find(&self, offset: u64, bytes: u64) -> Option<(&Mapping, u64)> {
-        self.areas.iter().find_map(|a| {
-            let at = offset.checked_sub(a.start)?;
-            (at + bytes <= a.map.len()).then_some((&a.map, at))
-        })
+        let above = self.areas.partition_point(|a| a.start <= offset);
+        let area = self.areas[..above].last()?;
+        let at = offset - area.start;
+        (at + bytes <= area.map.len()).then_some((&area.map, at))
     }
 
     /// Whether `[offset, offset + bytes)` is reached without a message.

@@ -25,6 +25,17 @@ pub const GSEG_STRIDE: u64 = 0x40_0000;
 pub const GSEG_CB: u64 = 0x0;
 /// DS array inside a GSEG.
 pub const GSEG_DS: u64 = 0x2_0000;
+/// Our extension: a page of a GSEG for its user to read (section 1 leaves everything behind the DS array free).
+pub const GSEG_STATUS: u64 = 0x2_8000;
+/// u32 in it: the same as [`super::pci::STATUS_AWAKE`], except that it tells only 0 from not 0.
+pub const GSEG_STATUS_AWAKE: u64 = 0x0;
+/// u32 in it: a [`super::doorbell::Mode`].
+pub const GSEG_STATUS_MODE: u64 = 0x4;
+/// Where the part of a GSEG ends that can be mapped: CB array, DS array and [`GSEG_STATUS`].
+pub const GSEG_MAPPABLE: u64 = 0x2_9000;
+/// Our extension: the last page of a GSEG's user part. It is trapped in all modes; any write rings, like one to
+/// [`super::pci::DOORBELL_OFFSET`]. Reads as zero.
+pub const GSEG_BELL: u64 = 0x3_f000;
 /// The part of a GSEG that a user maps, in bytes.
 pub const GSEG_PAGE: u64 = 0x4_0000;
 

@@ -10,6 +10,7 @@
 pub mod cb;
 pub mod cbe;
 pub mod cch;
+pub mod doorbell;
 pub mod map;
 pub mod message_queue;
 pub mod page_size;

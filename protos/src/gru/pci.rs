@@ -19,11 +19,12 @@ pub const BAR_CHIPLETS_SIZE: u64 = super::map::CHIPLET_SIZE * super::map::CHIPLE
 pub const VECTORS: u16 = 32;
 
 /// Doorbell page in BAR0: any write tells the device to look at mapped memory. The same as the
-/// function's ioeventfd at this offset.
+/// function's ioeventfd at this offset. When to ring: [`super::doorbell`].
 pub const DOORBELL_OFFSET: u64 = 0x0000;
 /// Status page in BAR0: written by the device only.
 pub const STATUS_OFFSET: u64 = 0x1000;
-/// u32: engines that are awake. 0: a store that starts something must be followed by a ring.
+/// u32: engines that are awake, as far as software has to know. 0: a store that starts something must be followed
+/// by a ring (always 0 in bell mode, always 1 in trap mode).
 pub const STATUS_AWAKE: u64 = 0x0;
 /// u32: completed resets (by request, or after the client was gone). When it has changed, nothing of the
 /// time before is cached or running any more.
@@ -33,6 +34,8 @@ pub const STATUS_MAGIC: u64 = 0x8;
 /// u32: resets begun; raised before anything is cleared. Software that has read something from a control block
 /// or a data segment and finds this unchanged afterwards has read it from before any reset.
 pub const STATUS_RESETS_BEGUN: u64 = 0x10;
+/// u32: a [`super::doorbell::Mode`].
+pub const STATUS_MODE: u64 = 0x14;
 /// "tlbgrust" as a little-endian word.
 pub const STATUS_MAGIC_VALUE: u64 = u64::from_le_bytes(*b"tlbgrust");
 /// MSI-X table in BAR0.

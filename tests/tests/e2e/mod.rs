@@ -52,6 +52,7 @@ pub fn skipped() -> bool {
 pub fn in_process_device() -> (Arc<dyn Backing>, Arc<GruModel>) {
     let config = GruConfig {
         doorbell: Doorbell::Poll,
+        map_tfh: true,
         ..GruConfig::default()
     };
     let (backing, model) = InProcess::build(|context| GruModel::new(context, config)).expect("a GRU");
@@ -404,6 +405,7 @@ pub fn pause(what: &str) {
 pub fn be_device(socket: &Path) {
     let config = GruConfig {
         doorbell: Doorbell::Poll,
+        map_tfh: true,
         ..GruConfig::default()
     };
     let function = device::pci::Function::new(|context| {

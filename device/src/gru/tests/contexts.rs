@@ -118,7 +118,7 @@ fn test_deallocate_when_the_map_is_another_one_is_refused() {
 
 #[test]
 fn test_allocate_when_context_had_another_owner_shows_zeros() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
         rig.ds_write(0, &[9; 512]);
@@ -134,7 +134,7 @@ fn test_allocate_when_context_had_another_owner_shows_zeros() {
 
 #[test]
 fn test_interrupt_when_fault_map_miss_is_unserved_stays_active_until_it_is_answered() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         for answer in [
             tfh::Opc::WRITE_RESTART,
             tfh::Opc::USER_POLLING_MODE,
@@ -214,7 +214,7 @@ fn test_cch_when_interrupt_is_pending_refuses_others_as_busy() {
 
 #[test]
 fn test_interrupt_when_a_long_copy_runs_stops_it_and_start_resumes_it() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::UserPolling);
         let len = 2u64 << 20;
@@ -244,7 +244,7 @@ fn test_interrupt_when_a_long_copy_runs_stops_it_and_start_resumes_it() {
 /// load it on other resources.
 #[test]
 fn test_context_when_saved_in_a_miss_and_loaded_elsewhere_finishes_its_instruction() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::UserPolling);
         rig.map_range(ASID, VA, 0, 2 * PAGE);
@@ -309,7 +309,7 @@ fn test_start_when_cb_says_call_os_but_cbe_is_idle_leaves_the_cb_alone() {
 
 #[test]
 fn test_cb_when_stored_before_start_runs_at_start() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.configure(0, 0b1010, 0xff, Mode::FaultMap);
         rig.cch_do(0, Opc::ALLOCATE).unwrap();

@@ -7,7 +7,7 @@ const VA: u64 = 0x7000_0000;
 
 #[test]
 fn test_engines_when_nothing_happens_cost_nothing() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(GruConfig {
             doorbell,
             ..GruConfig::default()
@@ -30,7 +30,7 @@ fn test_engines_when_nothing_happens_cost_nothing() {
 
 #[test]
 fn test_ring_when_engines_sleep_wakes_one_every_time() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
         for round in 0..3000 {
@@ -67,7 +67,7 @@ fn test_ioeventfd_when_written_stands_for_the_doorbell_page() {
 
 #[test]
 fn test_reset_when_work_is_running_leaves_nothing_behind() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         for round in 0..20u64 {
             let rig = Rig::new(config(doorbell));
             rig.start(Mode::FaultMap);

@@ -39,7 +39,7 @@ const VA: u64 = 0x7f00_0000_0000;
 
 #[test]
 fn test_vload_when_range_crosses_pages_fills_the_data_segment() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         for mode in [Mode::FaultMap, Mode::UserPolling] {
             let rig = Rig::new(config(doorbell));
             rig.start(mode);
@@ -65,7 +65,7 @@ fn test_vload_when_range_crosses_pages_fills_the_data_segment() {
 
 #[test]
 fn test_vstore_when_range_crosses_pages_stores_exactly_the_range() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
         scatter(&rig, VA, 3);
@@ -107,7 +107,7 @@ fn test_strided_when_elements_are_apart_moves_single_elements() {
 
 #[test]
 fn test_indexed_when_offsets_are_bytes_gathers_scatters_and_sets() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
         scatter(&rig, VA, 4);
@@ -186,7 +186,7 @@ fn test_vset_when_strided_or_not_sets_exactly_the_elements() {
 
 #[test]
 fn test_bcopy_when_both_sides_miss_often_copies_everything() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         for mode in [Mode::FaultMap, Mode::UserPolling] {
             let rig = Rig::new(config(doorbell));
             rig.start(mode);
@@ -253,7 +253,7 @@ fn test_bcopy_when_it_misses_shows_what_a_preloading_driver_needs() {
 
 #[test]
 fn test_atomics_when_64_bit_return_the_old_value_and_store_the_new() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
         rig.map_range(ASID, VA, 0, PAGE);
@@ -330,7 +330,7 @@ fn test_atomics_when_several_cbs_and_the_client_add_lose_nothing() {
 
 #[test]
 fn test_nop_when_issued_completes_with_the_tag_of_no_translation() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
         rig.run_ok(3, Instruction::nop());
@@ -360,7 +360,7 @@ fn test_tag_when_several_translations_are_used_is_the_smallest() {
 
 #[test]
 fn test_exceptions_when_instruction_is_wrong_name_the_cause() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
         rig.map_range(ASID, VA, 0, 4 * PAGE);
@@ -436,7 +436,7 @@ fn test_exceptions_when_instruction_is_wrong_name_the_cause() {
 
 #[test]
 fn test_instruction_when_its_memory_was_truncated_after_the_fill_ends_in_an_exception() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
         rig.map_range(ASID, VA, 0, 4 * PAGE);

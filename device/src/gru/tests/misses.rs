@@ -26,7 +26,7 @@ fn vset(va: u64, value: u64) -> Instruction {
 
 #[test]
 fn test_fault_map_miss_when_reported_has_every_field_bit_and_vector() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.configure(3, 1 << 40, 1, Mode::FaultMap);
         rig.cch_do(3, cch::Opc::ALLOCATE).unwrap();
@@ -57,7 +57,7 @@ fn test_fault_map_miss_when_reported_has_every_field_bit_and_vector() {
 
 #[test]
 fn test_user_polling_miss_when_reported_sets_call_os_and_no_bit() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::UserPolling);
         rig.map_range(ASID, VA, 0, PAGE);
@@ -74,7 +74,7 @@ fn test_user_polling_miss_when_reported_sets_call_os_and_no_bit() {
 
 #[test]
 fn test_tfh_when_fault_map_miss_is_converted_goes_to_user_polling() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
         rig.map_range(ASID, VA, 0, PAGE);
@@ -94,7 +94,7 @@ fn test_tfh_when_fault_map_miss_is_converted_goes_to_user_polling() {
 
 #[test]
 fn test_s11_store_when_entry_is_clean_reports_tlb_mod_once() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
         rig.map_page(ASID, VA, 0, false);
@@ -155,7 +155,7 @@ fn test_atomic_fetch_when_entry_is_clean_does_not_ask_for_a_writable_one() {
 
 #[test]
 fn test_write_only_when_pages_are_preloaded_saves_their_misses() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
         let bytes = rig.fill_memory(0, 4096 * 2, 8);
@@ -176,7 +176,7 @@ fn test_write_only_when_pages_are_preloaded_saves_their_misses() {
 
 #[test]
 fn test_restart_when_nothing_was_filled_misses_again() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
         rig.issue(0, vload(VA));
@@ -255,7 +255,7 @@ fn test_fill_when_operands_are_wrong_ends_the_instruction_not_the_device() {
 
 #[test]
 fn test_tfh_command_when_no_miss_waits_enters_nothing_and_is_answered() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
         for opc in [

@@ -5,7 +5,9 @@
 
 mod completions;
 mod contexts;
+mod doorbells;
 mod engines;
+mod exchanges;
 mod injected;
 mod instructions;
 mod interruptions;
@@ -68,6 +70,8 @@ struct Rig {
     vectors: Vec<OwnedFd>,
     memory: File,
     doorbell: Doorbell,
+    /// Parts of BAR2 that a client can map, and that this one therefore has.
+    mapped: Vec<(u64, u64)>,
     /// By (asid, page number).
     pages: Mutex<HashMap<(u32, u64), Pte>>,
     served: AtomicU64,
@@ -76,6 +80,7 @@ struct Rig {
 fn config(doorbell: Doorbell) -> GruConfig {
     GruConfig {
         doorbell,
+        map_tfh: doorbell == Doorbell::Poll,
         spin: Duration::ZERO,
         ..GruConfig::default()
     }
@@ -102,6 +107,9 @@ impl Rig {
         let fd = memory.as_fd().try_clone_to_owned().unwrap();
         dma.map(IOVA, MEMORY, fd, 0, Prot::READ_WRITE).unwrap();
         let doorbell = config.doorbell;
+        let chiplets = gru.bars().remove(1);
+        assert_eq!(chiplets.index, pci::BAR_CHIPLETS);
+        let mapped = chiplets.mmap.map_or_else(Vec::new, |mmap| mmap.areas);
         let pages = Mutex::default();
         Arc::new(Self {
             gru,
@@ -110,6 +118,7 @@ impl Rig {
             vectors,
             memory,
             doorbell,
+            mapped,
             pages,
             served: AtomicU64::new(0),
         })
@@ -117,27 +126,27 @@ impl Rig {
 
     // ---- words ----
 
+    fn is_mapped(&self, offset: u64) -> bool {
+        self.mapped
+            .iter()
+            .any(|&(start, len)| (start..start + len).contains(&offset))
+    }
+
     fn load(&self, offset: u64) -> u64 {
-        match self.doorbell {
-            Doorbell::Trap => {
-                let mut bytes = [0; 8];
-                self.gru.bar_read(pci::BAR_CHIPLETS, offset, &mut bytes).unwrap();
-                u64::from_le_bytes(bytes)
-            }
-            Doorbell::Poll => self.gru.hardware.memory.word(offset).load(Ordering::Acquire),
+        if self.is_mapped(offset) {
+            return self.gru.hardware.memory.word(offset).load(Ordering::Acquire);
         }
+        let mut bytes = [0; 8];
+        self.gru.bar_read(pci::BAR_CHIPLETS, offset, &mut bytes).unwrap();
+        u64::from_le_bytes(bytes)
     }
 
     fn store(&self, offset: u64, value: u64) {
-        match self.doorbell {
-            Doorbell::Trap => self.trap_store(offset, value),
-            Doorbell::Poll => self
-                .gru
-                .hardware
-                .memory
-                .word(offset)
-                .store(value, Ordering::Release),
+        if !self.is_mapped(offset) {
+            return self.trap_store(offset, value);
         }
+        let word = self.gru.hardware.memory.word(offset);
+        word.store(value, Ordering::Release);
     }
 
     fn trap_store(&self, offset: u64, value: u64) {
@@ -400,13 +409,12 @@ impl Rig {
         let mut cbrs = Vec::new();
         for half in 0..2 {
             let at = map::TFM + tfm as u64 * map::HANDLE_STRIDE + which + 8 * half;
-            let taken = match self.doorbell {
-                Doorbell::Trap => {
-                    let taken = self.load(at);
-                    self.store(at, 0);
-                    taken
-                }
-                Doorbell::Poll => self.gru.hardware.memory.word(at).swap(0, Ordering::AcqRel),
+            let taken = if self.is_mapped(at) {
+                self.gru.hardware.memory.word(at).swap(0, Ordering::AcqRel)
+            } else {
+                let taken = self.load(at);
+                self.store(at, 0);
+                taken
             };
             cbrs.extend(super::chiplet::bits(taken).map(|bit| half as usize * 64 + bit));
         }
@@ -549,10 +557,12 @@ impl Rig {
     }
 }
 
-/// Runs a test in both modes.
-fn in_both_modes(test: impl Fn(Doorbell)) {
-    test(Doorbell::Trap);
-    test(Doorbell::Poll);
+/// Runs a test in all modes.
+fn in_all_modes(test: impl Fn(Doorbell)) {
+    for doorbell in [Doorbell::Trap, Doorbell::Bell, Doorbell::Poll] {
+        println!("{doorbell:?}");
+        test(doorbell);
+    }
 }
 
 /// CPU time of a thread of this process.

@@ -29,7 +29,7 @@ fn misses(rig: &Rig, va: u64) -> bool {
 
 #[test]
 fn test_tlbinv_when_range_is_given_removes_that_range_and_nothing_else() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
         rig.map_range(ASID, VA, 0, 8 * PAGE);
@@ -97,7 +97,7 @@ fn test_tlbinv_when_entry_is_larger_than_the_range_removes_it() {
 
 #[test]
 fn test_tlbinv_when_software_holds_the_lock_bit_leaves_it_set() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         let at = map::TGH;
         let go = tgh::Control::new()
@@ -121,7 +121,7 @@ fn test_tlbinv_when_software_holds_the_lock_bit_leaves_it_set() {
 /// The fill was prepared before the purge and stored after it: nothing may be entered.
 #[test]
 fn test_s1_fill_when_purge_came_after_the_lookup_is_killed_and_misses_again() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         for mode in [Mode::FaultMap, Mode::UserPolling] {
             let rig = Rig::new(config(doorbell));
             rig.start(mode);
@@ -152,7 +152,7 @@ fn test_s1_fill_when_purge_came_after_the_lookup_is_killed_and_misses_again() {
 
 #[test]
 fn test_s1_write_only_when_killed_answers_exception_and_enters_nothing() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
         rig.issue(0, vload(VA));
@@ -209,7 +209,7 @@ fn test_fill_when_its_span_was_purged_beside_the_miss_is_killed() {
 /// completion and must keep the poison.
 #[test]
 fn test_s2_purge_when_copies_run_waits_for_them() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
         let pages = 16;
@@ -267,7 +267,7 @@ fn test_dma_unmap_when_a_copy_uses_the_memory_ends_it_with_an_exception() {
 
 #[test]
 fn test_purges_when_many_handles_run_at_once_all_complete() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
         std::thread::scope(|scope| {

@@ -161,7 +161,7 @@ fn configure(rig: &Rig, context: usize) {
 
 #[test]
 fn test_any_words_when_stored_anywhere_kill_no_engine_and_leave_a_device_that_resets() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         for seed in 1..=8u64 {
             let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));

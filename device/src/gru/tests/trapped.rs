@@ -162,7 +162,7 @@ fn test_tgh_when_a_lock_attempt_carries_old_state_back_does_not_restart() {
         .with_opc(tgh::Opc::TLBINV)
         .with_delresp(true);
     let seen = seen.with_status(HandleStatus::ACTIVE).into_bits();
-    rig.gru.hardware.trapped.remember(at, u64::MAX, seen);
+    rig.gru.hardware.trapped.read(at, u64::MAX, || seen);
     rig.store(at, seen);
     assert_eq!(rig.load(at), 0b10, "only the lock was taken from the write");
     assert_eq!(rig.gru.stats().tgh_purges, 0);
@@ -189,43 +189,54 @@ fn test_doorbell_bar_when_written_keeps_the_status_page() {
 }
 
 #[test]
-fn test_bars_when_mode_is_trap_offer_nothing_to_map() {
+fn test_bars_when_asked_offer_what_the_mode_allows() {
     let trap = Rig::new(config(Doorbell::Trap));
     assert!(trap.gru.bars().iter().all(|bar| bar.mmap.is_none()));
-    let poll = Rig::new(config(Doorbell::Poll));
-    let bars = poll.gru.bars();
-    let status = bars[0].mmap.as_ref().unwrap();
-    assert_eq!(status.areas, [(0x1000, 0x1000)]);
-    let chiplets = bars[1].mmap.as_ref().unwrap();
-    let mapped = |offset| {
-        chiplets
-            .areas
-            .iter()
-            .any(|&(start, len)| (start..start + len).contains(&offset))
-    };
-    for base in [0, map::CHIPLET_SIZE] {
-        for offset in [
-            0,
-            15 * map::GSEG_STRIDE,
-            map::TFM,
-            map::TGH + 23 * 256,
-            map::TFH,
-            map::TFH + 127 * 256,
-        ] {
-            assert!(mapped(base + offset), "{offset:#x}");
+    for (doorbell, map_tfh) in [
+        (Doorbell::Bell, false),
+        (Doorbell::Bell, true),
+        (Doorbell::Poll, false),
+        (Doorbell::Poll, true),
+    ] {
+        let rig = Rig::new(GruConfig {
+            map_tfh,
+            ..config(doorbell)
+        });
+        let bars = rig.gru.bars();
+        let status = bars[0].mmap.as_ref().unwrap();
+        assert_eq!(status.areas, [(0x1000, 0x1000)], "the doorbell page is trapped");
+        let chiplets = bars[1].mmap.as_ref().unwrap();
+        let mapped = |offset| {
+            chiplets
+                .areas
+                .iter()
+                .any(|&(start, len)| (start..start + len).contains(&offset))
+        };
+        for base in [0, map::CHIPLET_SIZE] {
+            for gseg in [0, 15 * map::GSEG_STRIDE] {
+                let gseg = base + gseg;
+                assert!(
+                    mapped(gseg) && mapped(gseg + map::GSEG_DS + 0x7fff) && mapped(gseg + map::GSEG_STATUS)
+                );
+                assert!(!mapped(gseg + map::GSEG_BELL) && !mapped(gseg + map::GSEG_PAGE));
+            }
+            for offset in [map::TFM, map::TGH + 23 * 256] {
+                assert!(mapped(base + offset), "{offset:#x}");
+            }
+            for offset in [map::TFH, map::TFH + 127 * 256] {
+                assert_eq!(mapped(base + offset), map_tfh, "{offset:#x}");
+            }
+            for offset in [map::CBE, map::CBE + 127 * 256, map::CCH] {
+                assert!(!mapped(base + offset), "{offset:#x}");
+            }
         }
         assert!(
-            ![map::CBE, map::CBE + 127 * 256, map::CCH]
+            chiplets
+                .areas
                 .iter()
-                .any(|&offset| mapped(base + offset))
+                .all(|&(start, len)| start % 4096 == 0 && len % 4096 == 0 && len > 0)
         );
+        // The file that clients get cannot be cut.
+        assert!(rustix::fs::ftruncate(&chiplets.fd, 4096).is_err());
     }
-    assert!(
-        chiplets
-            .areas
-            .iter()
-            .all(|&(start, len)| start % 4096 == 0 && len % 4096 == 0 && len > 0)
-    );
-    // The file that clients get cannot be cut.
-    assert!(rustix::fs::ftruncate(&chiplets.fd, 4096).is_err());
 }

@@ -46,7 +46,7 @@ fn load_after_a_late_dropin(rig: &Rig, round: u64) -> u64 {
 
 #[test]
 fn test_kill_bit_when_broken_and_dropin_is_late_lets_a_stale_translation_in() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let broken = BreakPlan {
             kill_bit: true,
             ..BreakPlan::default()
@@ -59,7 +59,7 @@ fn test_kill_bit_when_broken_and_dropin_is_late_lets_a_stale_translation_in() {
 
 #[test]
 fn test_s1_kill_bit_when_on_and_dropin_is_late_lets_nothing_stale_in() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = rig(
             doorbell,
             BreakPlan::default(),
@@ -97,7 +97,7 @@ fn store_lands_after_purge(rig: &Rig) -> bool {
 
 #[test]
 fn test_drain_when_broken_and_engine_is_slow_lets_a_late_store_through() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let broken = BreakPlan {
             drain: true,
             ..BreakPlan::default()
@@ -115,7 +115,7 @@ fn test_drain_when_broken_and_engine_is_slow_lets_a_late_store_through() {
 
 #[test]
 fn test_s2_drain_when_on_and_engine_is_slow_keeps_the_purge_waiting() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         for _ in 0..5 {
             let rig = rig(
                 doorbell,
@@ -135,7 +135,7 @@ fn test_s2_drain_when_on_and_engine_is_slow_keeps_the_purge_waiting() {
 
 #[test]
 fn test_parked_engine_when_no_purge_comes_goes_on_and_others_work_meanwhile() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = rig(doorbell, BreakPlan::default(), plan("drain-delay=1,limit-ms=300"));
         rig.map_page(ASID, VA, 0, true);
         rig.issue(0, Instruction::vset(VA, NEW, XType::DWORD, 1, 1));

@@ -1,0 +1,95 @@
+//! `tlbridge vm` as a user runs it.
+
+use std::time::Duration;
+
+use tests::guest_or_skip;
+use tests::processes::{Tool, descendants, kill, survivors};
+
+/// A boot, a command and two ends, on a busy machine.
+const LIMIT: Duration = Duration::from_secs(300);
+const SOON: Duration = Duration::from_secs(20);
+
+#[test]
+fn test_vm_when_given_a_command_has_its_output_and_exit_code() {
+    let rig = guest_or_skip!();
+    let kernel = rig.kernel.image.to_str().unwrap();
+    let modules = rig.kernel.modules.as_ref().unwrap().to_str().unwrap();
+    // A kernel of the user's own, with a module of it that depends on others.
+    let arguments = [
+        "vm",
+        "--model",
+        "gru",
+        "--kernel",
+        kernel,
+        "--modules",
+        modules,
+        "--load",
+        "virtio_net",
+        "--",
+    ];
+    let script = "lsmod | grep -c ^net_failover; cat /sys/bus/pci/devices/0000:00:01.0/vendor; exit 7";
+    let ended = Tool::start(&[&arguments[..], &["sh", "-c", script]].concat())
+        .wait(LIMIT)
+        .expect("tlbridge vm does not end");
+    assert_eq!(ended.status.code(), Some(7), "{ended:?}");
+    assert_eq!(ended.stdout, "1\n0x10a9\n", "{ended:?}");
+}
+
+#[test]
+fn test_vm_when_it_cannot_run_the_command_has_exit_codes_of_its_own() {
+    let rig = guest_or_skip!();
+    let kernel = rig.kernel.image.to_str().unwrap();
+    let vm = |rest: &[&str]| {
+        let arguments = [&["vm", "--model", "gru", "--kernel", kernel], rest].concat();
+        Tool::start(&arguments)
+            .wait(LIMIT)
+            .expect("tlbridge vm does not end")
+    };
+    let late = vm(&["--timeout", "1", "--", "sleep", "1000"]);
+    assert_eq!(late.status.code(), Some(124), "{late:?}");
+    let gone = vm(&["--", "poweroff", "-f"]);
+    assert_eq!(gone.status.code(), Some(125), "{gone:?}");
+    assert!(gone.stderr.contains("powered off"), "{gone:?}");
+    let missing = vm(&[
+        "--load",
+        "no_such_module",
+        "--modules",
+        "/nonexistent",
+        "--",
+        "true",
+    ]);
+    assert_eq!(missing.status.code(), Some(125), "{missing:?}");
+    assert!(missing.stderr.contains("/nonexistent/modules.dep"), "{missing:?}");
+}
+
+#[test]
+fn test_vm_when_interrupted_or_killed_leaves_nothing_behind() {
+    let rig = guest_or_skip!();
+    let kernel = rig.kernel.image.to_str().unwrap();
+    for signal in [2, 9] {
+        let place = tempfile::tempdir().unwrap();
+        let log = place.path().join("vm.log");
+        let mut arguments = vec!["vm", "--model", "gru", "--kernel", kernel];
+        arguments.extend(["--log", log.to_str().unwrap(), "--", "sleep", "1000"]);
+        let mut tool = Tool::start(&arguments);
+        assert!(tool.child_of_role("device").is_some(), "no device process");
+        // The guest has begun when its console has something.
+        let begin = std::time::Instant::now();
+        while !std::fs::read_to_string(&log).is_ok_and(|text| text.contains('[')) {
+            assert!(begin.elapsed() < LIMIT, "no console");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let children = descendants(tool.pid());
+        assert!(children.len() >= 2, "{children:?}");
+        kill(tool.pid(), signal);
+        let ended = tool.wait(LIMIT).expect("tlbridge vm does not end");
+        if signal == 2 {
+            assert_eq!(ended.status.code(), Some(130), "{ended:?}");
+        }
+        assert_eq!(
+            survivors(&children, SOON),
+            Vec::<u32>::new(),
+            "after signal {signal}"
+        );
+    }
+}
