@@ -72,7 +72,14 @@ impl DoorbellResult {
             targets.push((
                 "poll: busy VLOAD hit".to_owned(),
                 format!("at most {MOST_BUSY} of an engine that always spins"),
-                format!("{:.2} [{:.2}, {:.2}]", ratio.median, ratio.low, ratio.high),
+                format!(
+                    "{:.2} [{:.2}, {:.2}], {} against {}",
+                    ratio.median,
+                    ratio.low,
+                    ratio.high,
+                    human(busy.p50_ns),
+                    human(busy.floor_p50_ns)
+                ),
                 ratio.low <= MOST_BUSY,
             ));
         }
