@@ -39,6 +39,8 @@ pub struct DoorbellResult {
     rows: Vec<ModeRow>,
     /// VLOAD hits: the poller over the one that always spins.
     pub busy: Option<Paired>,
+    /// Why caller and device may have shared a CPU.
+    pub shared_processor: Option<String>,
     /// Length of the run.
     pub elapsed_ms: u64,
     quick: bool,
@@ -51,6 +53,7 @@ impl DoorbellResult {
         Self {
             rows: Vec::new(),
             busy: None,
+            shared_processor: None,
             elapsed_ms: 0,
             quick,
             seed,
@@ -110,6 +113,7 @@ impl DoorbellResult {
             "seed": self.seed,
             "elapsed_ms": self.elapsed_ms,
             "rows": self.rows,
+            "shared_processor": self.shared_processor,
             "poll_over_spin": self.busy,
             "targets": targets,
         })
@@ -143,6 +147,9 @@ impl DoorbellResult {
                 human(row.flush_p50_ns),
                 row.idle_cpu_percent,
             ));
+        }
+        if let Some(why) = &self.shared_processor {
+            line(format!("caller and device may share a processor: {why}"));
         }
         for (case, target, found, met) in self.targets() {
             let met = if met { "met" } else { "not met" };
