@@ -1,7 +1,8 @@
 //! `tlbridge bench doorbell`: what the ways to notice a store cost, and what the device costs when idle.
 //!
 //! Every mode has a device process of its own; those that are not being measured are stopped (SIGSTOP), because one
-//! that spins needs a CPU. The adaptive poller is compared with an engine that never stops spinning, in ABBA blocks.
+//! that spins needs a CPU, and each has a CPU other than the caller's where there are two: on one and the same, a
+//! spinning engine's answer is as far away as its next yield. The adaptive poller is compared with an engine that never stops spinning, in ABBA blocks.
 
 mod report;
 
@@ -18,6 +19,7 @@ use protos::gru::cb::{Instruction, Status, XType};
 use rustix::fs::MemfdFlags;
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::placement::{Placement, Unpin, pin};
 use super::statistics::{Block, paired, quantile};
 use crate::cli::DoorbellArgs;
 use crate::demo::args;
@@ -95,13 +97,17 @@ pub fn run(args: &DoorbellArgs, out: &mut impl std::io::Write) -> Result<()> {
     let dir = super::tempdir()?;
     let amount = Amount::of(args);
     let begin = Instant::now();
+    let unpin = Unpin::later()?;
+    let processors = Placement::DeviceApart.processors(unpin.allowed());
+    let mut result = DoorbellResult::new(args.quick, args.seed);
+    result.shared_processor = processors.as_ref().err().map(ToString::to_string);
+    let processors = processors.unwrap_or_default();
     let mut subjects = Vec::new();
     for mode in Mode::ALL {
-        let subject = Subject::start(mode, dir.path(), &stop)?;
+        let subject = Subject::start(mode, dir.path(), processors, &stop)?;
         subject.pause()?;
         subjects.push(subject);
     }
-    let mut result = DoorbellResult::new(args.quick, args.seed);
     for subject in &subjects {
         subject.resume()?;
         result.push(subject.row(amount, &stop)?);
@@ -166,7 +172,7 @@ struct Subject {
 }
 
 impl Subject {
-    fn start(mode: Mode, dir: &Path, stop: &Stop) -> Result<Self> {
+    fn start(mode: Mode, dir: &Path, processors: Option<(usize, usize)>, stop: &Stop) -> Result<Self> {
         let socket = dir.join(format!("{mode:?}.sock"));
         let mut list = args![
             "device",
@@ -184,8 +190,14 @@ impl Subject {
         if mode == Mode::Spin {
             list.extend(args!["--spin", FOR_EVER.as_micros().to_string()]);
         }
+        if let Some((_, there)) = processors {
+            pin(there)?;
+        }
         let mut device = Service::start("device", list)?;
         device.expect("ready", START_LIMIT, stop)?;
+        if let Some((here, _)) = processors {
+            pin(here)?;
+        }
         let backing: Arc<dyn Backing> =
             Arc::new(VfioUserClient::connect(&socket).context("cannot attach to the device")?);
         let memory = rustix::fs::memfd_create("bench", MemfdFlags::CLOEXEC).context("memfd_create")?;

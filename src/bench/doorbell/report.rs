@@ -39,6 +39,8 @@ pub struct DoorbellResult {
     rows: Vec<ModeRow>,
     /// VLOAD hits: the poller over the one that always spins.
     pub busy: Option<Paired>,
+    /// Why caller and device may have shared a CPU.
+    pub shared_processor: Option<String>,
     /// Length of the run.
     pub elapsed_ms: u64,
     quick: bool,
@@ -51,6 +53,7 @@ impl DoorbellResult {
         Self {
             rows: Vec::new(),
             busy: None,
+            shared_processor: None,
             elapsed_ms: 0,
             quick,
             seed,
@@ -72,7 +75,14 @@ impl DoorbellResult {
             targets.push((
                 "poll: busy VLOAD hit".to_owned(),
                 format!("at most {MOST_BUSY} of an engine that always spins"),
-                format!("{:.2} [{:.2}, {:.2}]", ratio.median, ratio.low, ratio.high),
+                format!(
+                    "{:.2} [{:.2}, {:.2}], {} against {}",
+                    ratio.median,
+                    ratio.low,
+                    ratio.high,
+                    human(busy.p50_ns),
+                    human(busy.floor_p50_ns)
+                ),
                 ratio.low <= MOST_BUSY,
             ));
         }
@@ -103,6 +113,7 @@ impl DoorbellResult {
             "seed": self.seed,
             "elapsed_ms": self.elapsed_ms,
             "rows": self.rows,
+            "shared_processor": self.shared_processor,
             "poll_over_spin": self.busy,
             "targets": targets,
         })
@@ -136,6 +147,9 @@ impl DoorbellResult {
                 human(row.flush_p50_ns),
                 row.idle_cpu_percent,
             ));
+        }
+        if let Some(why) = &self.shared_processor {
+            line(format!("caller and device may share a processor: {why}"));
         }
         for (case, target, found, met) in self.targets() {
             let met = if met { "met" } else { "not met" };
