@@ -40,7 +40,7 @@ pub enum Command {
     /// Run the host daemon: it drives the device and keeps it coherent with the attached applications.
     Host(HostArgs),
     /// Boot a guest in QEMU with a device, and run a command or a shell in it.
-    Vm(VmArgs),
+    Vm(Box<VmArgs>),
     /// Measure.
     #[command(subcommand)]
     Bench(BenchCommand),

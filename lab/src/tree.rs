@@ -196,12 +196,13 @@ impl Tree {
         command
     }
 
-    /// A script for `sh` that becomes one of the tree's programs, with these further lines before it.
+    /// A script for `sh` that becomes one of the tree's programs, with these further lines before it. It
+    /// stands beside the tree and goes by its own place, so that a lab can be moved or copied.
     pub(crate) fn wrapper(&self, path: &str, lines: &str, arguments: &str) -> String {
-        let tree = quoted(&self.root);
+        let root = self.root.file_name().unwrap_or(OsStr::new("root")).display();
         let name = Path::new(path).file_name().unwrap_or(OsStr::new(path)).display();
         format!(
-            "#!/bin/sh\n# {name} of Debian {BACKPORTS}, run on this system by its own loader.\ntree={tree}\n{lines}\
+            "#!/bin/sh\n# {name} of Debian {BACKPORTS}, run on this system by its own loader.\ntree=\"${{0%/*}}/{root}\"\n{lines}\
              exec \"$tree/{LOADER}\" --library-path \"$tree/{LIBRARIES}\" --argv0 {name} \\\n  \
              \"$tree/{path}\" {arguments} \"$@\"\n"
         )
@@ -305,11 +306,6 @@ fn environment(command: &mut Command) {
             "PATH",
             "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         );
-}
-
-/// A path as one word of the shell.
-fn quoted(path: &Path) -> String {
-    format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
 }
 
 /// debootstrap and the keys that it checks packages with: installed where this system can.

@@ -36,6 +36,18 @@ fn test_vm_when_given_a_command_has_its_output_and_exit_code() {
 }
 
 #[test]
+fn test_vm_when_without_a_command_is_a_shell_until_the_input_ends() {
+    let rig = guest_or_skip!();
+    let kernel = rig.kernel.image.to_str().unwrap();
+    // Standard input is empty: the shell sees the end at once.
+    let ended = Tool::start(&["vm", "--model", "gru", "--kernel", kernel])
+        .wait(LIMIT)
+        .expect("tlbridge vm does not end");
+    assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+    assert!(ended.stdout.contains("built-in shell"), "{ended:?}");
+}
+
+#[test]
 fn test_vm_when_it_cannot_run_the_command_has_exit_codes_of_its_own() {
     let rig = guest_or_skip!();
     let kernel = rig.kernel.image.to_str().unwrap();

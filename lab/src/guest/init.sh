@@ -48,6 +48,8 @@ while read -r mark kind text <&3; do
 		stty -F $port sane
 		setsid -c sh /lab/command <>$port >&0 2>&1 3>&-
 		code=$?
+		# The end of its session has hung up the port.
+		exec 3<>$port
 		stty -F $port raw -echo
 		;;
 	*) break ;;
