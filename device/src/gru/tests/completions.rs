@@ -29,7 +29,7 @@ fn done(rig: &Rig, tfm: usize) -> Vec<usize> {
 
 #[test]
 fn test_completion_interrupt_when_asked_for_sets_done_bit_and_raises_the_vector() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = rig(doorbell, true, true, 5);
         rig.run_ok(2, Instruction::nop().with_ima(ima::INTERRUPT));
         rig.until("the interrupt", || (rig.interrupts(5) > 0).then_some(()));
@@ -55,7 +55,7 @@ fn test_completion_interrupt_when_enables_are_off_is_not_given() {
 /// Every way to end: after misses, with an exception, with a refused message.
 #[test]
 fn test_completion_interrupt_when_instruction_ends_anyhow_comes_once() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = rig(doorbell, true, true, 0);
         rig.set_word(0, Head::new().with_head(4).with_limit(4).into_bits());
         let load = |va| Instruction::vload(va, 0, XType::DWORD, 1024, 1);

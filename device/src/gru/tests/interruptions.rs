@@ -389,7 +389,7 @@ fn journey(doorbell: Doorbell, mode: Mode, seed: u64) -> Vec<State> {
 
 #[test]
 fn test_context_when_moved_in_the_middle_of_everything_loses_and_repeats_nothing() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         for mode in [Mode::UserPolling, Mode::FaultMap] {
             let seen: Vec<State> = (1..=4).flat_map(|seed| journey(doorbell, mode, seed)).collect();
             let stopped = |state| seen.iter().filter(|&&found| found == state).count();
@@ -460,7 +460,7 @@ fn test_mesq_when_saved_between_reservation_and_store_reserves_once() {
 
 #[test]
 fn test_cbe_when_interrupt_waits_for_a_fault_map_miss_says_so() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let nomad = Nomad::new(doorbell, Mode::FaultMap);
         let rig = &nomad.rig;
         rig.map_range(ASID, VA, 0, PAGE);
@@ -494,7 +494,7 @@ fn test_cbe_when_interrupt_waits_for_a_fault_map_miss_says_so() {
 /// A user-polling miss is answered while its context is stopped: the answer is kept, the instruction runs after START.
 #[test]
 fn test_tfh_when_context_is_interrupted_is_still_answered() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let nomad = Nomad::new(doorbell, Mode::UserPolling);
         let rig = &nomad.rig;
         rig.map_range(ASID, VA, 0, PAGE);

@@ -44,7 +44,7 @@ fn refused(substatus: SubStatus) -> (Status, SubStatus) {
 
 #[test]
 fn test_mesq_when_lines_fit_moves_the_head_and_stores_them() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = rig_with("", doorbell, start_of_half(30, 0).into_bits());
         let mut expected = Vec::new();
         for (seed, lines) in [(1, 1), (2, 2), (3, 1), (4, 5)] {
@@ -62,7 +62,7 @@ fn test_mesq_when_lines_fit_moves_the_head_and_stores_them() {
 
 #[test]
 fn test_mesq_when_half_is_full_says_qlimit_with_head_and_limit() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = rig_with("", doorbell, start_of_half(6, 0).into_bits());
         let first = message(&rig, 9, 1);
         rig.run_ok(0, Instruction::mesq(VA, 256, 1));
@@ -118,7 +118,7 @@ fn test_mesq_when_message_would_cross_a_page_reserves_nothing() {
 
 #[test]
 fn test_mesq_when_put_misses_after_the_reservation_reserves_once() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         // Head word in the first page, messages in the second; that page is purged again and again.
         let rig = rig_with("", doorbell, head(64, 128));
         let mut expected = Vec::new();
@@ -171,7 +171,7 @@ fn test_mesq_when_put_nack_is_injected_has_reserved_the_slot() {
 
 #[test]
 fn test_mesq_when_many_send_at_once_loses_and_mixes_nothing() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let each = 40u64;
         let rig = rig_with("", doorbell, head(2, 2 + 4 * each as u32));
         rig.map_range(ASID, VA, 0, 16 * PAGE);

@@ -314,7 +314,7 @@ fn test_region_when_address_is_high_uses_its_own_asid() {
 
 #[test]
 fn test_tfh_when_opc_is_not_defined_leaves_the_miss_waiting() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
         rig.start(Mode::FaultMap);
         rig.map_range(ASID, VA, 0, PAGE);

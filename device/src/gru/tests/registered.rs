@@ -31,7 +31,7 @@ fn words(values: &[u64]) -> Vec<u8> {
 
 #[test]
 fn test_registered_atomics_when_issued_do_what_the_plain_ones_do() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = rig(doorbell);
         let old = 41u64;
         let cases = [
@@ -105,7 +105,7 @@ fn test_registered_atomics_when_issued_do_what_the_plain_ones_do() {
 
 #[test]
 fn test_poll_when_memory_changes_ends_with_what_it_saw() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = rig(doorbell);
         rig.set_word(8, 0xaaaa_0000_0005);
         let polls = [
@@ -141,7 +141,7 @@ fn test_poll_when_memory_changes_ends_with_what_it_saw() {
 
 #[test]
 fn test_poll_when_it_waits_long_costs_little_and_holds_nobody_up() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = rig(doorbell);
         rig.issue(0, Instruction::gamerr(VA, ExplicitOp::EPOLL, 7, 0, XType::DWORD));
         rig.until("the page", || {
@@ -182,7 +182,7 @@ fn test_poll_when_it_waits_long_costs_little_and_holds_nobody_up() {
 
 #[test]
 fn test_gamxr_when_fragment_matches_under_the_mask_is_replaced_under_it() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = rig(doorbell);
         let old = [0x1111_2222u64, 0x3333_4444, 0x5555_6666, 0x7777_8888];
         let new = [0xaaaa_bbbbu64, 0xcccc_dddd, 0xeeee_ffff, 0x1234_5678];
@@ -305,7 +305,7 @@ fn test_vflush_when_lines_are_mapped_changes_nothing_and_else_faults() {
 
 #[test]
 fn test_unmapped_mode_when_allowed_reaches_memory_by_its_iova() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = unmapped_rig(doorbell);
         let run =
             |instruction: Instruction| rig.run_ok(0, instruction.with_ima(ima::UNMAPPED | ima::CB_DELAY));
@@ -376,7 +376,7 @@ fn test_unmapped_mode_when_address_or_class_is_wrong_names_the_cause() {
 /// As a kernel retries a failed instruction: nothing but icmd is stored (section 7).
 #[test]
 fn test_exception_when_only_icmd_is_set_runs_the_instruction_again() {
-    in_both_modes(|doorbell| {
+    in_all_modes(|doorbell| {
         let rig = Rig::new(GruConfig {
             faults: "execution-error=2,seed=1".parse().unwrap(),
             ..config(doorbell)
