@@ -191,6 +191,9 @@ pub struct DemoArgs {
     /// Memory that the application computes in.
     #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(16..=2048))]
     pub memory_mib: u64,
+    /// Use a device that is there, as `tlbridge host --device` names it, instead of starting one.
+    #[arg(long, value_name = "DEVICE", conflicts_with_all = ["doorbell", "engines", "break_check", "delay"])]
+    pub device: Option<PathBuf>,
     /// How the device learns of a store.
     #[arg(long, value_enum, default_value_t = Doorbell::Poll)]
     pub doorbell: Doorbell,
@@ -368,8 +371,9 @@ pub struct HostArgs {
     /// Where to listen for applications (created with mode 0600).
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
-    /// The device's vfio-user socket.
-    #[arg(long, value_name = "PATH")]
+    /// The device: its vfio-user socket, or vfio:ADDRESS for a PCI function that is bound to vfio-pci
+    /// (vfio:0000:00:05.0).
+    #[arg(long, value_name = "DEVICE")]
     pub device: PathBuf,
     /// How memory is registered with userfaultfd.
     #[arg(long, value_enum, default_value_t = UffdModeName::Wp)]
@@ -563,6 +567,9 @@ pub struct ApplicationArgs {
     /// One call in so many is a raw system call.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub raw_every: u32,
+    /// Discard by MADV_REMOVE through the agent only.
+    #[arg(long)]
+    pub announce_removal: bool,
     /// One call in so many is preceded and followed by a probe.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub probe_every: u32,

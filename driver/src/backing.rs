@@ -84,6 +84,12 @@ pub trait Backing: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// ENOENT when nothing is mapped there, EINVAL when a mapping would be cut, the transport's.
     fn dma_unmap(&self, iova: u64, len: u64) -> io::Result<()>;
+    /// Whether a mapping holds the pages that the file has when it is made, instead of meaning whatever the file
+    /// has: what is discarded from the file later is then still the device's, so a mapping must be taken away before
+    /// a discard and made again after it.
+    fn holds_pages(&self) -> bool {
+        false
+    }
     /// An eventfd that stands for a write to `offset` of the BAR, where the device offers one.
     ///
     /// # Errors

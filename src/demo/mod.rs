@@ -10,6 +10,7 @@ use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
 
+use ::host::daemon::vfio_address;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use serde_json::Value;
@@ -80,9 +81,15 @@ pub(crate) fn name(value: impl ValueEnum) -> String {
 
 fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     let (device_socket, host_socket) = (dir.join("device.sock"), dir.join("host.sock"));
-    let mut device = Service::start("device", device_args(args, dir, &device_socket))?;
-    device.expect("ready", START_LIMIT, stop)?;
-    let mut host = Service::start("host daemon", host_args(args, dir, &device_socket, &host_socket))?;
+    let mut device = match &args.device {
+        Some(_) => None,
+        None => Some(Service::start("device", device_args(args, dir, &device_socket))?),
+    };
+    if let Some(device) = &mut device {
+        device.expect("ready", START_LIMIT, stop)?;
+    }
+    let device_name = args.device.as_deref().unwrap_or(&device_socket);
+    let mut host = Service::start("host daemon", host_args(args, dir, device_name, &host_socket))?;
     host.expect("ready", START_LIMIT, stop)?;
     let mut application = Service::start("application", application_args(args, dir, &host_socket))?;
     let ready = application.expect("ready", START_LIMIT, stop)?;
@@ -98,7 +105,7 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     }
 
     let report = follow(args, &mut application, stop).with_context(|| {
-        let others = [&mut device, &mut host].into_iter().chain(&mut peer);
+        let others = device.iter_mut().chain([&mut host]).chain(&mut peer);
         let ended: Vec<String> = others.filter_map(Service::ended).collect();
         if ended.is_empty() {
             "the run was cut short".to_owned()
@@ -107,8 +114,13 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
         }
     })?;
     let host_stats = inspect::daemon_stats(&host_socket)?;
-    device.ask("stats")?;
-    let device_stats = device.expect("stats", ANSWER_LIMIT, &Stop::new()?)?;
+    let device_stats = match &mut device {
+        None => Value::Null,
+        Some(device) => {
+            device.ask("stats")?;
+            device.expect("stats", ANSWER_LIMIT, &Stop::new()?)?
+        }
+    };
     let peer_stats = match &mut peer {
         None => Value::Null,
         Some(peer) => {
@@ -118,7 +130,7 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     };
 
     // The application first: while it is there, the others are in use.
-    for service in [peer, Some(application), Some(host), Some(device)]
+    for service in [peer, Some(application), Some(host), device]
         .into_iter()
         .flatten()
     {
@@ -239,7 +251,7 @@ fn application_args(args: &DemoArgs, dir: &Path, socket: &Path) -> Vec<OsString>
         // store is delayed as well.
         Some(Fault::KillBit | Fault::Drain) => (100, 16, 2),
     };
-    args![
+    let mut list = args![
         "application",
         "--private-dir",
         dir,
@@ -259,7 +271,13 @@ fn application_args(args: &DemoArgs, dir: &Path, socket: &Path) -> Vec<OsString>
         probe_every.to_string(),
         "--aim-every",
         aim_every.to_string(),
-    ]
+    ];
+    // Nothing says when an unannounced MADV_REMOVE has happened, and a device behind the kernel's VFIO would keep
+    // the page that it had.
+    if args.device.as_deref().and_then(vfio_address).is_some() {
+        list.extend(args!["--announce-removal"]);
+    }
+    list
 }
 
 /// A figure of a process' statistics: the sum of every number with that key, at whatever depth (each session

@@ -187,6 +187,12 @@ impl Core {
                 "alive": self.backing.alive(),
                 "mapped_files": mapped_files,
                 "mapped_ranges": mapped_ranges,
+                "held_pages": self.memory.held().map(|held| json!({
+                    "now": held.pages(),
+                    "mapped": held.stats.held.load(Ordering::Relaxed),
+                    "dropped": held.stats.dropped.load(Ordering::Relaxed),
+                    "evictions": held.stats.evictions.load(Ordering::Relaxed),
+                })),
                 "flush_is_nonsleeping": self.gru.flush_is_nonsleeping(),
                 "resources_in_use": self.gru.resources_in_use(),
                 "driver": driver,

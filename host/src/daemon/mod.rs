@@ -14,12 +14,13 @@ pub use self::core::{Core, Options};
 pub use config::{DEFAULT_FENCE_TIMEOUT, HostConfig, Ready, ReadyCallback, ReclaimConfig, Stop, StopHandle};
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use driver::backing::Backing;
 use driver::gru::{Gru, GruOptions};
+use driver::vfio::VfioDevice;
 use driver::vfio_user::VfioUserClient;
 
 use self::device_fence::DeviceFence;
@@ -42,6 +43,9 @@ pub enum DaemonError {
         /// Why.
         reason: String,
     },
+    /// A device of `/dev/vfio` cannot be had.
+    #[error(transparent)]
+    Vfio(#[from] driver::vfio::OpenError),
     /// The device is not one that the daemon can drive.
     #[error("the device at {path} cannot be used: {reason}", path = path.display())]
     Device {
@@ -78,12 +82,22 @@ pub enum DaemonError {
     },
 }
 
+/// What follows `vfio:` in the name of a device: its PCI address. `None` = it is the path of a socket.
+#[must_use]
+pub fn vfio_address(device: &Path) -> Option<&str> {
+    device.to_str()?.strip_prefix("vfio:")
+}
+
 /// Connects to the device at `config.device` and serves sessions until `stop`, or until the device is gone.
 /// Blocks the calling thread.
 ///
 /// # Errors
 /// [`DaemonError`]. A stop that was asked for is `Ok`.
 pub fn run(config: HostConfig, stop: Stop) -> Result<(), DaemonError> {
+    if let Some(address) = vfio_address(&config.device) {
+        let backing = VfioDevice::open(address)?;
+        return run_with_backing(config, Arc::new(backing), stop);
+    }
     let backing = VfioUserClient::connect(&config.device).map_err(|error| DaemonError::Connect {
         path: config.device.clone(),
         reason: error.to_string(),

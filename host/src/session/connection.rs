@@ -225,7 +225,13 @@ impl Connection {
             large_pages: self.core.options.large_pages,
             injection: self.core.options.injection,
         };
-        let (session, notices) = Session::open(&self.core.gru, &self.core.fence, admission, options)?;
+        let (session, notices) = Session::open(
+            &self.core.gru,
+            &self.core.fence,
+            &self.core.memory,
+            admission,
+            options,
+        )?;
         let fds = (|| {
             let mut fds = vec![duplicate(session.space.mapped_table().fd())?, notices];
             fds.push(duplicate(&self.core.own_pidfd)?);
@@ -317,7 +323,7 @@ impl Connection {
             chiplet: None,
         })?;
         let context = Arc::new(context);
-        let (fds, status_offset) = self.mappings()?;
+        let (fds, chiplets_offset, status_offset) = self.mappings()?;
         let number = self.core.next_context();
         session.add_context(number, self.number, context.clone())?;
         self.state().contexts.push((number, Arc::downgrade(&session)));
@@ -326,7 +332,7 @@ impl Connection {
                 context: number,
                 chiplet: context.chiplet() as u32,
                 ctxnum: context.ctxnum() as u32,
-                gseg_offset: context.gseg_offset(),
+                gseg_offset: chiplets_offset + context.gseg_offset(),
                 cbs: context.cbs() as u32,
                 ds_bytes: context.ds_bytes() as u32,
                 mappable: !fds.is_empty(),
@@ -336,23 +342,21 @@ impl Connection {
         })
     }
 
-    /// [BAR2, BAR0, doorbell eventfd] and the offset of the status page, or nothing when the device does not
-    /// let all of them be used.
-    fn mappings(&self) -> Result<(Vec<OwnedFd>, u64), Refusal> {
+    /// [BAR2, BAR0, doorbell eventfd] with the offsets of the chiplets and of the status page in their files, or
+    /// nothing when the device does not let all of them be used.
+    fn mappings(&self) -> Result<(Vec<OwnedFd>, u64, u64), Refusal> {
         let gru = &self.core.gru;
-        // The reply has no room for an offset of the chiplets in their file.
-        let chiplets = gru.gseg_file().filter(|(_, offset)| *offset == 0);
-        let (Some((chiplets, _)), Some((status, status_offset)), Some(doorbell)) =
-            (chiplets, gru.status_page(), gru.doorbell())
+        let (Some((chiplets, chiplets_offset)), Some((status, status_offset)), Some(doorbell)) =
+            (gru.gseg_file(), gru.status_page(), gru.doorbell())
         else {
-            return Ok((Vec::new(), 0));
+            return Ok((Vec::new(), 0, 0));
         };
         let fds = [chiplets, status, doorbell]
             .map(duplicate)
             .into_iter()
             .collect::<std::io::Result<_>>();
         let fds = fds.map_err(|e| Refusal::new(libc::EMFILE, format!("descriptors for the agent: {e}")))?;
-        Ok((fds, status_offset))
+        Ok((fds, chiplets_offset, status_offset))
     }
 
     fn context(&self, number: u32) -> Result<Arc<Context>, Refusal> {

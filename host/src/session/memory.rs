@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use driver::backing::{Backing, DmaProt};
 
+use super::held::HeldPages;
 use super::identity::{FileId, duplicate};
 use crate::daemon::iova::IovaAllocator;
 
@@ -39,6 +40,8 @@ struct Inner {
 #[derive(Debug)]
 pub struct DeviceMemory {
     backing: Arc<dyn Backing>,
+    /// Where the device holds pages: files get addresses here, and their pages are mapped one by one.
+    held: Option<Arc<HeldPages>>,
     /// Held across DMA_MAP and DMA_UNMAP messages on purpose: who adds the same file must wait until the
     /// device knows it. Never taken on the fault path or on the invalidate path, which read a session's own
     /// list of pieces.
@@ -100,9 +103,18 @@ impl DeviceMemory {
     #[must_use]
     pub fn new(backing: Arc<dyn Backing>) -> Self {
         Self {
+            held: backing
+                .holds_pages()
+                .then(|| Arc::new(HeldPages::new(backing.clone()))),
             backing,
             inner: Mutex::default(),
         }
+    }
+
+    /// The pages that the device holds, if it is one that does.
+    #[must_use]
+    pub fn held(&self) -> Option<&Arc<HeldPages>> {
+        self.held.as_ref()
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -133,9 +145,10 @@ impl DeviceMemory {
         } else {
             let more = len - mapped;
             let iova = inner.iova.allocate(more).ok_or(MapError::NoRoom(more))?;
-            if let Err(source) = self
-                .backing
-                .dma_map(iova, more, fd.as_fd(), mapped, DmaProt::READ_WRITE)
+            if self.held.is_none()
+                && let Err(source) =
+                    self.backing
+                        .dma_map(iova, more, fd.as_fd(), mapped, DmaProt::READ_WRITE)
             {
                 inner.iova.release(iova);
                 return Err(MapError::Device {
@@ -172,6 +185,13 @@ impl DeviceMemory {
             return;
         }
         let file = inner.files.remove(&id).expect("just seen");
+        if let Some(held) = &self.held {
+            held.release(id);
+            for piece in file.pieces.iter() {
+                inner.iova.release(piece.iova);
+            }
+            return;
+        }
         for piece in file.pieces.iter() {
             match self.backing.dma_unmap(piece.iova, piece.len) {
                 Ok(()) => inner.iova.release(piece.iova),

@@ -4,9 +4,11 @@
 //!   is there and whether descriptors are what they claim to be.
 //! * [`Session`]: an application's address space, threads, contexts; closed as a whole.
 //! * [`space::AddressSpace`]: what all parts of a session share.
-//! * [`mailbox`]: covered calls; [`SpacePager`]: the device's misses; [`memory`]: what the device may reach.
+//! * [`mailbox`]: covered calls; [`SpacePager`]: the device's misses; [`memory`]: what the device may reach;
+//!   [`held`]: page by page, behind the kernel's VFIO.
 
 pub mod connection;
+pub mod held;
 pub mod identity;
 pub mod mailbox;
 pub mod memory;

@@ -1,10 +1,12 @@
 //! Where the device's misses are answered.
 
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use driver::gru::{Fault, Pager, Translation};
 
+use super::held::Hold;
 use super::identity::FileId;
 use super::space::AddressSpace;
 use crate::mm::{Access, Busy, FillPermit, Lookup, Vma};
@@ -60,6 +62,7 @@ impl SpacePager {
                         .fetch_add(u64::from(translation.page_shift > SMALL), Ordering::Relaxed);
                     Attempt::Answer(Fault::Page(translation))
                 }
+                Some(Placed::Busy) => Attempt::Busy,
                 // Once more from the start, with a permit for the whole large page.
                 Some(Placed::CouldBeLarge) => self.attempt(space, va, access, LARGE),
                 None => {
@@ -102,12 +105,23 @@ impl SpacePager {
         .flatten()
         .filter(|(iova, run)| iova.is_multiple_of(1 << LARGE) && *run >= 1 << LARGE)
         .map(|(iova, _)| iova)
-        .filter(|_| self.large_pages);
+        // Where the device holds pages it holds small ones.
+        .filter(|_| self.large_pages && space.held().is_none());
         let (iova, page_shift) = match large_iova {
             Some(_) if shift < LARGE => return Some(Placed::CouldBeLarge),
             Some(iova) => (iova, LARGE),
             None => (small_iova, SMALL),
         };
+        if let Some(held) = space.held() {
+            match held.hold(file.id, file.fd.as_fd(), vma.offset_of(small), iova) {
+                Ok(Hold::Held) => {}
+                Ok(Hold::Busy) => return Some(Placed::Busy),
+                Err(error) => {
+                    tracing::error!(session = space.id(), va = format_args!("{va:#x}"), %error, "the page cannot be mapped for the device");
+                    return None;
+                }
+            }
+        }
         Some(Placed::Page(Translation {
             iova,
             page_shift,
@@ -137,6 +151,8 @@ impl SpacePager {
 
 enum Placed {
     Page(Translation),
+    /// The file's page is being discarded.
+    Busy,
     CouldBeLarge,
 }
 

@@ -20,7 +20,7 @@ use super::{SpacePager, packet};
 use crate::fence::Fence;
 use crate::mm::{FillTable, MappedTable, MmCache, ProcMaps};
 use crate::notifier::MaySleep;
-use crate::subscribers::{DeviceFlush, GruSubscriber, Xpmem};
+use crate::subscribers::{DeviceFlush, GruSubscriber, HeldMemory, Xpmem};
 use crate::uffd::{Injection, SafetyNet};
 
 /// Files that one session can make known.
@@ -126,6 +126,7 @@ impl Session {
     pub fn open(
         gru: &Arc<driver::gru::Gru>,
         fence: &Arc<Fence>,
+        memory: &DeviceMemory,
         admission: Admission,
         options: SessionOptions,
     ) -> Result<(Arc<Self>, OwnedFd), Refusal> {
@@ -134,7 +135,8 @@ impl Session {
         check_maps(admission.maps.as_fd()).map_err(invalid)?;
         let table = MappedTable::create().map_err(|e| Refusal::new(libc::ENOMEM, e.to_string()))?;
         let fills = FillTable::new(table);
-        let cache = MmCache::new(Arc::new(ProcMaps::new(admission.maps)), fills.clone());
+        let maps = Arc::new(ProcMaps::new(admission.maps));
+        let cache = MmCache::new(maps.clone(), fills.clone());
         let xpmem = Xpmem::new(fence.clone());
         let space = AddressSpace::new(admission.id, admission.pid, fills.clone(), cache, xpmem.clone());
         let (notices, theirs) = packet::pair().map_err(system("notice socket"))?;
@@ -153,6 +155,18 @@ impl Session {
             .chain()
             .register(xpmem, &token)
             .expect("a new chain has room");
+        if let Some(held) = memory.held() {
+            let subscriber = HeldMemory::new(held.clone(), maps);
+            space
+                .chain()
+                .register(subscriber.clone(), &token)
+                .expect("a new chain has room");
+            // Its pages outlive the translations that the table counts: it must hear of every discard. Nobody has
+            // the table yet, so no call is silent.
+            space.raise_must_hop();
+            space.set_held(held.clone(), subscriber);
+            held.add_space(&space);
+        }
         let mailbox = Arc::new(Mailbox::new(space.clone()));
         let session = Arc::new(Self {
             id: admission.id,

@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use protos::bridge::shared::SharedTable;
 use tokio::sync::watch;
 
+use super::held::HeldPages;
 use super::identity::FileId;
 use super::memory::UsedFile;
 use super::refusal::Refusal;
 use crate::mm::{Access, Busy, ChangeGuard, FillTable, Lookup, MappedTable, MmCache, Vma};
 use crate::notifier::{Chain, Ctx, Event, MaySleep, NotifierRange, StartError, Started};
-use crate::subscribers::{Paused, Reclaimer, Xpmem};
+use crate::subscribers::{HeldMemory, Paused, Reclaimer, Xpmem};
 use crate::uffd::SafetyNetStats;
 
 /// Longest wait for the covered calls that were silent when a subscriber joins. A system call over the largest
@@ -61,6 +62,8 @@ pub struct AddressSpace {
     cache: MmCache,
     gru: OnceLock<Weak<driver::gru::Mm>>,
     xpmem: Arc<Xpmem>,
+    /// Where the device holds pages: those, and the subscriber that takes them away.
+    held: OnceLock<(Arc<HeldPages>, Arc<HeldMemory>)>,
     reclaimer: OnceLock<Arc<Reclaimer>>,
     /// Read by faults; written when memory is added. Never held during a message to the device.
     files: RwLock<HashMap<FileId, Arc<UsedFile>>>,
@@ -88,6 +91,7 @@ impl AddressSpace {
             cache,
             gru: OnceLock::new(),
             xpmem,
+            held: OnceLock::new(),
             reclaimer: OnceLock::new(),
             files: RwLock::default(),
             deferred: AtomicU32::new(0),
@@ -169,6 +173,28 @@ impl AddressSpace {
             self.gru.set(Arc::downgrade(gru)).is_ok(),
             "one GRU address space a session"
         );
+    }
+
+    /// The device holds pages.
+    ///
+    /// # Panics
+    /// When called twice.
+    pub fn set_held(&self, pages: Arc<HeldPages>, memory: Arc<HeldMemory>) {
+        assert!(self.held.set((pages, memory)).is_ok(), "one device a session");
+    }
+
+    /// The pages that the device holds, if it is one that does.
+    #[must_use]
+    pub fn held(&self) -> Option<&Arc<HeldPages>> {
+        self.held.get().map(|(pages, _)| pages)
+    }
+
+    /// An unannounced discard of `[start, end)` has been reported: takes away what the device holds of it.
+    pub fn drop_held(&self, start: u64, end: u64) {
+        if let Some((_, memory)) = self.held.get() {
+            let discards = memory.begin(start, end);
+            memory.end(discards);
+        }
     }
 
     /// Runs `invalidate_range_start` of the chain.

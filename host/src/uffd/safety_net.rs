@@ -267,6 +267,9 @@ impl SafetyNet {
         let unmapped = !matches!(message, Message::Remove { .. });
         for (start, end) in message.discards() {
             self.space.cache().discard(start, end);
+            if !unmapped {
+                self.space.drop_held(start, end);
+            }
             if unmapped && let Some(reclaimer) = &mut reclaimer {
                 reclaimer.forget(start, end);
             }

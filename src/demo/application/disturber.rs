@@ -44,6 +44,8 @@ impl DisturberCounts {
 pub struct Habits {
     /// One call in so many is a raw system call.
     pub raw_every: usize,
+    /// Discard by MADV_REMOVE through the agent only.
+    pub announce_removal: bool,
     /// One call in so many is preceded and followed by a probe.
     pub probe_every: usize,
     /// One call in so many is aimed at a slot that a worker is using at that moment.
@@ -127,6 +129,10 @@ impl<'a, C: Calls, E: Executor> Disturber<'a, C, E> {
             14..=19 => self.relocate(index, path, mapping),
             20..=24 => self.change(index, Kind::Discard, path, mapping, mapping.prot),
             25..=28 if mapping.prot == Prot::ReadWrite => {
+                let path = match self.habits.announce_removal {
+                    true => Path::Agent,
+                    false => path,
+                };
                 self.change(index, Kind::Remove, path, mapping, mapping.prot)
             }
             29 if self.habits.fork && self.random.chance(1, 16) => {

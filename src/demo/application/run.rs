@@ -123,6 +123,7 @@ fn compute(args: &ApplicationArgs, agent: &'static Agent, ends: [&Stop; 2]) -> R
     }
     let habits = Habits {
         raw_every: args.raw_every as usize,
+        announce_removal: args.announce_removal,
         probe_every: args.probe_every as usize,
         aim_every: args.aim_every as usize,
         fork: true,

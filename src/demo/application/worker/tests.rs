@@ -39,6 +39,7 @@ fn arena(memory: &[AtomicU64], workers: usize) -> Arena<'_> {
 fn habits(probe_every: usize) -> Habits {
     Habits {
         raw_every: 3,
+        announce_removal: false,
         probe_every,
         aim_every: 4,
         fork: true,
