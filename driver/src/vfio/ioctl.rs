@@ -176,7 +176,11 @@ pub(super) fn set_eventfds(
     let flags = vfio::VFIO_IRQ_SET_DATA_EVENTFD | vfio::VFIO_IRQ_SET_ACTION_TRIGGER;
     let mut words = vec![0, flags, index, start, count];
     // A descriptor is an i32 of the same bits.
-    words.extend(eventfds.iter().map(|fd| fd.map_or(-1, |fd| fd.as_raw_fd()) as u32));
+    words.extend(
+        eventfds
+            .iter()
+            .map(|fd| fd.map_or(-1, |fd| fd.as_raw_fd()) as u32),
+    );
     words[0] = u32::try_from(words.len() * 4).map_err(|_| io::ErrorKind::InvalidInput)?;
     by_words(device, DEVICE_SET_IRQS, &mut words)?;
     Ok(())

@@ -269,7 +269,8 @@ impl Backing for VfioDevice {
     }
 
     fn read(&self, bar: usize, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        self.device.read_exact_at(data, self.place(bar, offset, data.len())?)
+        self.device
+            .read_exact_at(data, self.place(bar, offset, data.len())?)
     }
 
     fn write(&self, bar: usize, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -280,7 +281,8 @@ impl Backing for VfioDevice {
     }
 
     fn write_posted(&self, bar: usize, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.device.write_all_at(data, self.place(bar, offset, data.len())?)
+        self.device
+            .write_all_at(data, self.place(bar, offset, data.len())?)
     }
 
     fn config_read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
@@ -399,7 +401,9 @@ mod tests {
         let mut words = WHOLE.to_vec();
         (words[1], words[3]) = (0xf, 32);
         // An unknown capability, then the areas.
-        words.extend([0x1_0009, 40, 0x1_0001, 0, 2, 0, 0x1000, 0, 0x2000, 0, 0x8000, 0, 0x1000, 0]);
+        words.extend([
+            0x1_0009, 40, 0x1_0001, 0, 2, 0, 0x1000, 0, 0x2000, 0, 0x8000, 0, 0x1000, 0,
+        ]);
         let region = Region::parse(&words).unwrap();
         assert_eq!(region.bar.mappable, [(0x1000, 0x2000), (0x8000, 0x1000)]);
     }
@@ -416,7 +420,10 @@ mod tests {
         assert!(with(4, &[]).is_err(), "inside the structure");
         assert!(with(34, &[0, 0]).is_err(), "not aligned");
         assert!(with(32, &[0x1_0009, 32]).is_err(), "a circle");
-        assert!(with(32, &[0x1_0001, 0, u32::MAX, 0]).is_err(), "areas without end");
+        assert!(
+            with(32, &[0x1_0001, 0, u32::MAX, 0]).is_err(),
+            "areas without end"
+        );
         let outside = [0x1_0001, 0, 1, 0, 0, 0, 0x1000, 1];
         assert!(with(32, &outside).is_err(), "longer than the region");
     }
@@ -424,16 +431,29 @@ mod tests {
     #[test]
     fn test_address_when_not_one_of_pci_is_refused() {
         assert!(is_address("0000:00:05.0") && is_address("10000:e1:1f.7"));
-        for text in ["", "00:05.0", "0000:00:05", "0000:00:05:0", "../../x:00:05.0", "0000:00:5.0"] {
+        for text in [
+            "",
+            "00:05.0",
+            "0000:00:05",
+            "0000:00:05:0",
+            "../../x:00:05.0",
+            "0000:00:5.0",
+        ] {
             assert!(!is_address(text), "{text}");
-            assert!(matches!(VfioDevice::open(text), Err(OpenError::Address(_))), "{text}");
+            assert!(
+                matches!(VfioDevice::open(text), Err(OpenError::Address(_))),
+                "{text}"
+            );
         }
     }
 
     #[test]
     fn test_open_when_no_such_device_says_so() {
         let error = VfioDevice::open("0000:ff:1f.7").unwrap_err();
-        assert!(error.to_string().contains("no PCI device 0000:ff:1f.7"), "{error}");
+        assert!(
+            error.to_string().contains("no PCI device 0000:ff:1f.7"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -443,7 +463,13 @@ mod tests {
             driver: Some("gru".into()),
         };
         let text = error.to_string();
-        for part in ["modprobe vfio-pci", "driver_override", "bound to vfio-pci but to gru", "driver/unbind", "drivers_probe"] {
+        for part in [
+            "modprobe vfio-pci",
+            "driver_override",
+            "bound to vfio-pci but to gru",
+            "driver/unbind",
+            "drivers_probe",
+        ] {
             assert!(text.contains(part), "{text}");
         }
     }

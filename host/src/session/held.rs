@@ -114,7 +114,11 @@ impl HeldPages {
         if held.pages.contains_key(&offset) {
             return Ok(Hold::Held);
         }
-        if held.discards.iter().any(|(start, end)| (*start..*end).contains(&offset)) {
+        if held
+            .discards
+            .iter()
+            .any(|(start, end)| (*start..*end).contains(&offset))
+        {
             return Ok(Hold::Busy);
         }
         let map = || {
@@ -140,13 +144,18 @@ impl HeldPages {
 
     /// `[start, end)` of a file is about to be discarded: takes its pages from the device.
     pub fn begin_discard(&self, id: FileId, start: u64, end: u64) -> Discard {
-        let (first, last) = (start & !(PAGE - 1), end.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX));
+        let (first, last) = (
+            start & !(PAGE - 1),
+            end.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX),
+        );
         let mut files = locked(&self.files);
         let held = files.entry(id).or_default();
         held.discards.push((first, last));
         let mut pages = held.pages.split_off(&first);
         held.pages.append(&mut pages.split_off(&last));
-        self.stats.dropped.fetch_add(pages.len() as u64, Ordering::Relaxed);
+        self.stats
+            .dropped
+            .fetch_add(pages.len() as u64, Ordering::Relaxed);
         self.unmap(pages);
         Discard {
             id,

@@ -146,9 +146,9 @@ impl DeviceMemory {
             let more = len - mapped;
             let iova = inner.iova.allocate(more).ok_or(MapError::NoRoom(more))?;
             if self.held.is_none()
-                && let Err(source) =
-                    self.backing
-                        .dma_map(iova, more, fd.as_fd(), mapped, DmaProt::READ_WRITE)
+                && let Err(source) = self
+                    .backing
+                    .dma_map(iova, more, fd.as_fd(), mapped, DmaProt::READ_WRITE)
             {
                 inner.iova.release(iova);
                 return Err(MapError::Device {

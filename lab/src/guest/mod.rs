@@ -54,6 +54,8 @@ pub struct Spec {
     pub initramfs: Vec<u8>,
     /// Sockets of vfio-user devices.
     pub devices: Vec<PathBuf>,
+    /// Whether the devices are behind an IOMMU, so that the guest's VFIO can give them to programs.
+    pub iommu: bool,
     /// Processors.
     pub cpus: u32,
     /// Memory in MiB: on a memfd, shared with the devices.
@@ -82,6 +84,7 @@ impl Spec {
             kernel,
             initramfs,
             devices: Vec::new(),
+            iommu: false,
             cpus: 2,
             memory_mib: 1024,
             // String instructions on trapped registers go by bytes: without these flags by words.
@@ -704,6 +707,9 @@ impl Spec {
         if self.panic_on_oops {
             append.push_str(" oops=panic");
         }
+        if self.iommu {
+            append.push_str(" intel_iommu=on");
+        }
         if !self.append.is_empty() {
             append.push(' ');
             append.push_str(&self.append);
@@ -733,6 +739,11 @@ impl Spec {
             .arg("-initrd")
             .arg(initramfs)
             .args(["-append", &append]);
+        if self.iommu {
+            // Before the devices that are to be behind it. Without intremap VFIO refuses them.
+            let iommu = "intel-iommu,caching-mode=on,intremap=on,aw-bits=48";
+            command.args(["-machine", "kernel-irqchip=split", "-device", iommu]);
+        }
         for (index, socket) in self.devices.iter().enumerate() {
             let device = serde_json::json!({
                 "driver": "vfio-user-pci",
