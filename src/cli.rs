@@ -115,6 +115,8 @@ pub enum Fault {
     Drain,
     /// Daemon: a userfaultfd event is read before the translations are purged.
     SafetyNet,
+    /// Daemon: a device behind vfio-pci keeps its pages while they are discarded (with --device vfio:ADDRESS).
+    HeldPages,
 }
 
 impl Fault {
@@ -124,6 +126,7 @@ impl Fault {
             Self::KillBit => "kill-bit",
             Self::Drain => "drain",
             Self::SafetyNet => "safety-net",
+            Self::HeldPages => "held-pages",
         }
     }
 }
@@ -192,7 +195,7 @@ pub struct DemoArgs {
     #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(16..=2048))]
     pub memory_mib: u64,
     /// Use a device that is there, as `tlbridge host --device` names it, instead of starting one.
-    #[arg(long, value_name = "DEVICE", conflicts_with_all = ["doorbell", "engines", "break_check", "delay"])]
+    #[arg(long, value_name = "DEVICE", conflicts_with_all = ["doorbell", "engines"])]
     pub device: Option<PathBuf>,
     /// How the device learns of a store.
     #[arg(long, value_enum, default_value_t = Doorbell::Poll)]
@@ -400,6 +403,8 @@ pub struct HostArgs {
 pub enum HostFault {
     /// A userfaultfd event is read before the translations are purged.
     SafetyNet,
+    /// A device behind vfio-pci keeps its pages while they are discarded.
+    HeldPages,
 }
 
 /// Benchmarks.

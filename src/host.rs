@@ -33,7 +33,8 @@ pub fn run(args: &HostArgs) -> Result<()> {
         seed: 1,
     });
     config.break_safety_net = args.break_check == Some(HostFault::SafetyNet);
-    if args.break_check.is_some() || args.delay.is_some() {
+    config.break_held_pages = args.break_check == Some(HostFault::HeldPages);
+    if args.break_check.or(args.delay) == Some(HostFault::SafetyNet) {
         config.safety_net_delay = SAFETY_NET_DELAY;
     }
     if args.supervised.supervised {

@@ -31,6 +31,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// # Errors
 /// A process cannot be started, or ends early.
 pub fn run(args: &DemoArgs, out: &mut impl Write) -> Result<Verdict> {
+    check(args)?;
     let stop = Stop::new()?;
     stop.on_signals(false)?;
     // Mode 0700: nobody else reaches the sockets.
@@ -51,6 +52,21 @@ pub fn run(args: &DemoArgs, out: &mut impl Write) -> Result<Verdict> {
         write!(out, "{}", result.table())?;
     }
     Ok(result.verdict())
+}
+
+/// Whether the broken check is one of something that takes part.
+fn check(args: &DemoArgs) -> Result<()> {
+    let device = args.device.as_deref();
+    match args.break_check.or(args.delay) {
+        Some(fault @ (Fault::KillBit | Fault::Drain)) if device.is_some() => bail!(
+            "{} is a check of the device: start that with `tlbridge device --break {0}`, and the demo without",
+            fault.name()
+        ),
+        Some(Fault::HeldPages) if device.and_then(vfio_address).is_none() => {
+            bail!("only a device behind the kernel's VFIO holds pages: --device vfio:ADDRESS")
+        }
+        _ => Ok(()),
+    }
 }
 
 /// How a run ended.
@@ -212,7 +228,7 @@ fn host_args(args: &DemoArgs, dir: &Path, device: &Path, socket: &Path) -> Vec<O
         "--reclaim",
     ];
     for (option, fault) in [("--break", args.break_check), ("--delay", args.delay)] {
-        if let Some(fault @ Fault::SafetyNet) = fault {
+        if let Some(fault @ (Fault::SafetyNet | Fault::HeldPages)) = fault {
             list.extend(args![option, fault.name()]);
         }
     }
@@ -243,7 +259,8 @@ fn peer_args(application: &Service, ready: &Value, dir: &Path, socket: &Path) ->
 
 fn application_args(args: &DemoArgs, dir: &Path, socket: &Path) -> Vec<OsString> {
     let (raw_every, probe_every, aim_every) = match args.break_check.or(args.delay) {
-        None => (3, 4, 6),
+        // Held pages need no window: a discard is enough.
+        None | Some(Fault::HeldPages) => (3, 4, 6),
         // While the safety net is delayed nothing can be filled: with many raw calls nothing would run.
         Some(Fault::SafetyNet) => (24, 2, 6),
         // The window is open for an instruction that is under way: aim there. The safety net's purges of

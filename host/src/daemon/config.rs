@@ -31,6 +31,9 @@ pub struct HostConfig {
     /// For experiments only: the safety net reads the event first and purges afterwards, which lets the
     /// application's system call return while stale translations are alive. Default: off.
     pub break_safety_net: bool,
+    /// For experiments only: pages that the kernel holds for a device of `/dev/vfio` stay the device's while they
+    /// are discarded. Default: off.
+    pub break_held_pages: bool,
     /// Delay of the safety net, for experiments: between `read()` and the purge when
     /// [`HostConfig::break_safety_net`] is set, else (the control) between readiness and the purge.
     pub safety_net_delay: Duration,
@@ -79,6 +82,7 @@ impl HostConfig {
             fence_timeout: DEFAULT_FENCE_TIMEOUT,
             reclaim: None,
             break_safety_net: false,
+            break_held_pages: false,
             safety_net_delay: Duration::ZERO,
             large_pages: false,
             ready: None,

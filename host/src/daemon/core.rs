@@ -33,6 +33,8 @@ pub struct Options {
     pub reclaim: Option<ReclaimConfig>,
     /// See `HostConfig`.
     pub large_pages: bool,
+    /// See `HostConfig::break_held_pages`.
+    pub keep_held_pages: bool,
     /// See `HostConfig::break_safety_net` and `HostConfig::safety_net_delay`.
     pub injection: Injection,
 }
@@ -68,7 +70,7 @@ impl Core {
         let backing = gru.backing().clone();
         Arc::new(Self {
             options,
-            memory: DeviceMemory::new(backing.clone()),
+            memory: DeviceMemory::new(backing.clone(), options.keep_held_pages),
             backing,
             gru,
             fence,

@@ -140,6 +140,7 @@ pub fn run_with_backing(
             fence_timeout: config.fence_timeout,
             reclaim: config.reclaim,
             large_pages: config.large_pages,
+            keep_held_pages: config.break_held_pages,
             injection: Injection {
                 purge_late: config.break_safety_net,
                 delay: config.safety_net_delay,

@@ -53,6 +53,8 @@ pub struct HeldStats {
 #[derive(Debug)]
 pub struct HeldPages {
     backing: Arc<dyn Backing>,
+    /// For experiments only: pages stay with the device while they are discarded.
+    keep: bool,
     /// Held across the system calls on purpose: a discard must not begin while one of its pages is being mapped.
     /// Never taken by a subscriber that must not sleep.
     files: Mutex<HashMap<FileId, HeldFile>>,
@@ -85,11 +87,12 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl HeldPages {
-    /// Nothing is held yet.
+    /// Nothing is held yet. `keep`, for experiments only: pages stay with the device while they are discarded.
     #[must_use]
-    pub fn new(backing: Arc<dyn Backing>) -> Self {
+    pub fn new(backing: Arc<dyn Backing>, keep: bool) -> Self {
         Self {
             backing,
+            keep,
             files: Mutex::default(),
             spaces: Mutex::default(),
             stats: HeldStats::default(),
@@ -151,7 +154,10 @@ impl HeldPages {
         let mut files = locked(&self.files);
         let held = files.entry(id).or_default();
         held.discards.push((first, last));
-        let mut pages = held.pages.split_off(&first);
+        let mut pages = match self.keep {
+            false => held.pages.split_off(&first),
+            true => BTreeMap::new(),
+        };
         held.pages.append(&mut pages.split_off(&last));
         self.stats
             .dropped
@@ -226,3 +232,7 @@ impl HeldPages {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "held_tests.rs"]
+mod tests;

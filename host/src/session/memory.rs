@@ -99,13 +99,13 @@ impl UsedFile {
 }
 
 impl DeviceMemory {
-    /// Nothing is mapped yet.
+    /// Nothing is mapped yet. `keep_held`: see [`HeldPages::new`].
     #[must_use]
-    pub fn new(backing: Arc<dyn Backing>) -> Self {
+    pub fn new(backing: Arc<dyn Backing>, keep_held: bool) -> Self {
         Self {
             held: backing
                 .holds_pages()
-                .then(|| Arc::new(HeldPages::new(backing.clone()))),
+                .then(|| Arc::new(HeldPages::new(backing.clone(), keep_held))),
             backing,
             inner: Mutex::default(),
         }
