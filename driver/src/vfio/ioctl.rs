@@ -13,7 +13,7 @@ use vfio_bindings::bindings::vfio;
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + n)`.
 const fn number(n: u8) -> Opcode {
-    opcode::none(vfio::VFIO_TYPE as u8, vfio::VFIO_BASE as u8 + n)
+    opcode::none(vfio::VFIO_TYPE, vfio::VFIO_BASE as u8 + n)
 }
 
 const GET_API_VERSION: Opcode = number(0);

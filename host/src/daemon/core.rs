@@ -193,6 +193,7 @@ impl Core {
                     "now": held.pages(),
                     "mapped": held.stats.held.load(Ordering::Relaxed),
                     "dropped": held.stats.dropped.load(Ordering::Relaxed),
+                    "unannounced": held.stats.unannounced.load(Ordering::Relaxed),
                     "evictions": held.stats.evictions.load(Ordering::Relaxed),
                 })),
                 "flush_is_nonsleeping": self.gru.flush_is_nonsleeping(),

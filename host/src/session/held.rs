@@ -45,6 +45,9 @@ pub struct HeldStats {
     pub held: AtomicU64,
     /// Pages unmapped before a discard.
     pub dropped: AtomicU64,
+    /// Of those, in discards that only userfaultfd reported: an `MADV_REMOVE` among them is not covered, see the
+    /// module.
+    pub unannounced: AtomicU64,
     /// Times that everything was unmapped because the kernel takes no more mappings.
     pub evictions: AtomicU64,
 }
@@ -79,6 +82,8 @@ pub enum Hold {
 pub struct Discard {
     id: FileId,
     range: (u64, u64),
+    /// Pages that the device lost.
+    pages: u64,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -159,14 +164,29 @@ impl HeldPages {
             true => BTreeMap::new(),
         };
         held.pages.append(&mut pages.split_off(&last));
-        self.stats
-            .dropped
-            .fetch_add(pages.len() as u64, Ordering::Relaxed);
+        let count = pages.len() as u64;
+        self.stats.dropped.fetch_add(count, Ordering::Relaxed);
         self.unmap(pages);
         Discard {
             id,
             range: (first, last),
+            pages: count,
         }
+    }
+
+    /// A discard that nobody had announced: its pages go now, and what is mapped afterwards may be the old page
+    /// again, if it was an `MADV_REMOVE` that has not come to it yet. Said once, counted always.
+    pub fn unannounced(&self, discards: Vec<Discard>) {
+        let pages: u64 = discards.iter().map(|discard| discard.pages).sum();
+        let before = self.stats.unannounced.fetch_add(pages, Ordering::Relaxed);
+        if before == 0 && pages > 0 {
+            tracing::warn!(
+                pages,
+                "a discard that the agent did not announce met pages that the kernel holds for the device; if it was \
+                 MADV_REMOVE the device may go on with an old page: make such calls through the agent"
+            );
+        }
+        self.end_discard(discards);
     }
 
     /// The discards are over: lets faults have the pages that the files have now.

@@ -121,7 +121,8 @@ fn test_discard_when_pages_are_held_takes_them_and_gives_none_until_its_end() {
     held.end_discard(vec![discard]);
     assert_eq!(hold(&held, &file, 2), Hold::Held);
     assert_eq!(hold(&held, &file, 5), Hold::Busy, "the other one still runs");
-    held.end_discard(vec![inner]);
+    held.unannounced(vec![inner]);
+    assert_eq!(held.stats.unannounced.load(Ordering::Relaxed), 1, "page 8");
     assert_eq!(hold(&held, &file, 5), Hold::Held);
     assert_eq!(pages_of(&kernel), [0, 2, 5, 9]);
     held.release(A);

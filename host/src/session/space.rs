@@ -191,9 +191,8 @@ impl AddressSpace {
 
     /// An unannounced discard of `[start, end)` has been reported: takes away what the device holds of it.
     pub fn drop_held(&self, start: u64, end: u64) {
-        if let Some((_, memory)) = self.held.get() {
-            let discards = memory.begin(start, end);
-            memory.end(discards);
+        if let Some((pages, memory)) = self.held.get() {
+            pages.unannounced(memory.begin(start, end));
         }
     }
 
