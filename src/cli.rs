@@ -84,6 +84,19 @@ pub enum Doorbell {
     Poll,
 }
 
+/// How long some error replies are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ErrorReplyLength {
+    /// Full for clients built on the vfio_user crate, as Cloud Hypervisor is (known by their first message);
+    /// a header for all others.
+    Auto,
+    /// A header, as the specification says. libvfio-user's client needs that.
+    Header,
+    /// As long as a good reply. For other clients that do not look at the error flag first, and would wait for
+    /// ever for the rest.
+    Full,
+}
+
 /// Checks that can be broken in the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum DeviceFault {
@@ -232,6 +245,9 @@ pub struct DeviceArgs {
     /// a CPU meanwhile; 0 = sleep at once.
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=10_000_000))]
     pub busy_poll: u64,
+    /// How long error replies to register accesses, DMA_UNMAP and GET_IRQ_INFO are.
+    #[arg(long, value_enum, value_name = "LENGTH", default_value_t = ErrorReplyLength::Auto)]
+    pub error_replies: ErrorReplyLength,
     /// For experiments: leave a check out, and open the window in which that shows.
     #[arg(long = "break", value_enum, value_name = "CHECK", conflicts_with = "delay")]
     pub break_check: Option<DeviceFault>,

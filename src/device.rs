@@ -6,11 +6,11 @@ use ::device::faults::{BreakPlan, FaultPlan};
 use ::device::gru::{Gru, GruConfig};
 use ::device::model::Model;
 use ::device::pci::Function;
-use ::device::server::{Server, ServerOptions, StopFd};
+use ::device::server::{ErrorReplies, Server, ServerOptions, StopFd};
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use crate::cli::{DeviceArgs, DeviceFault, Doorbell, ModelName};
+use crate::cli::{DeviceArgs, DeviceFault, Doorbell, ErrorReplyLength, ModelName};
 use crate::stop::{self, Stop};
 use crate::supervise::Leftovers;
 
@@ -31,6 +31,11 @@ pub fn run(args: &DeviceArgs) -> Result<()> {
     };
     let options = ServerOptions {
         busy_poll: std::time::Duration::from_micros(args.busy_poll),
+        error_replies: match args.error_replies {
+            ErrorReplyLength::Auto => ErrorReplies::Auto,
+            ErrorReplyLength::Header => ErrorReplies::Header,
+            ErrorReplyLength::Full => ErrorReplies::Full,
+        },
         ..ServerOptions::default()
     };
     let server = Server::bind(&args.socket, Arc::clone(&function), options)?;

@@ -18,7 +18,7 @@ fuzz_target!(|bytes: &[u8]| -> Corpus {
         return Corpus::Reject;
     };
     SERVER.with_borrow_mut(|server| {
-        let server = server.get_or_insert_with(|| Live::start().expect("a server starts"));
+        let server = server.get_or_insert_with(|| Live::start().expect("a server starts").without_memory_check());
         if let Err(violation) = server.run(&session) {
             panic!("{violation}\n{session:#?}");
         }

@@ -87,6 +87,11 @@ pub(super) const CASES: &[Case] = &[
         eventfd_form,
     ),
     case(
+        "set_irqs_trigger_by_none_and_bool_fires_exactly_those",
+        "VFIO_USER_DEVICE_SET_IRQS",
+        fires,
+    ),
+    case(
         "set_irqs_out_of_range_is_refused",
         "VFIO_USER_DEVICE_SET_IRQS",
         irq_range,
@@ -484,6 +489,56 @@ fn eventfd_form(target: &Target<'_>) -> Result<Outcome> {
     // VFIO: no data and no interrupts = take everything away.
     wire.good(SET_IRQS, &set(NONE | TRIGGER, index, 0, 0))
         .context("taking all eventfds away")?;
+    Ok(Outcome::Pass)
+}
+
+/// The client fires interrupts itself ("loopback testing" in <linux/vfio.h>).
+fn fires(target: &Target<'_>) -> Result<Outcome> {
+    let mut wire = target.client()?;
+    let Some((index, count)) = some_irq(&mut wire)? else {
+        return Ok(NO_IRQ);
+    };
+    let flags = u32_at(&wire.good(GET_IRQ_INFO, &words(&[16, 0, index, 0]))?.body, 4)?;
+    if flags & 1 == 0 {
+        return Ok(Outcome::NotApplicable(
+            "the interrupts are not signalled by eventfd",
+        ));
+    }
+    let count = count.min(4);
+    let events = (0..count).map(|_| event()).collect::<Result<Vec<_>>>()?;
+    let fds: Vec<_> = events.iter().map(AsFd::as_fd).collect();
+    let reply = wire.call_with_fds(SET_IRQS, &set(EVENTFD | TRIGGER, index, 0, count), &fds)?;
+    ensure!(reply.flags & ERROR == 0, "{count} eventfds are refused");
+    let fired = || -> Vec<bool> {
+        let read = |fd| matches!(rustix::io::read(fd, &mut [0; 8]), Ok(8));
+        events.iter().map(read).collect()
+    };
+    let only = |which: u32| (0..count).map(|number| number == which).collect::<Vec<_>>();
+    same(
+        "interrupts that fired before",
+        fired(),
+        vec![false; count as usize],
+    )?;
+    for number in 0..count {
+        wire.good(SET_IRQS, &set(NONE | TRIGGER, index, number, 1))?;
+        same("interrupts that fired, DATA_NONE", fired(), only(number))?;
+        if index != 0 {
+            // By boolean, among all. (INTx masks itself when it has fired.)
+            let bools = only(number)
+                .iter()
+                .map(|fire| u8::from(*fire))
+                .collect::<Vec<_>>();
+            let body = [words(&[20 + count, BOOL | TRIGGER, index, 0, count]), bools].concat();
+            wire.good(SET_IRQS, &body)?;
+            same("interrupts that fired, DATA_BOOL", fired(), only(number))?;
+        }
+    }
+    wire.good(SET_IRQS, &set(NONE | TRIGGER, index, 0, 0))?;
+    same(
+        "interrupts that fired after",
+        fired(),
+        vec![false; count as usize],
+    )?;
     Ok(Outcome::Pass)
 }
 

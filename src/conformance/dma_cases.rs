@@ -30,6 +30,11 @@ pub(super) const CASES: &[Case] = &[
         "VFIO_USER_DMA_UNMAP",
         cutting,
     ),
+    case(
+        "dma_unmap_all_takes_every_mapping_away",
+        "VFIO_USER_DMA_UNMAP",
+        all,
+    ),
     case("dma_unmap_too_short_is_refused", "VFIO_USER_DMA_UNMAP", short),
     case(
         "dma_mappings_end_with_the_connection",
@@ -173,6 +178,36 @@ fn cutting(target: &Target<'_>) -> Result<Outcome> {
         wire.bad(DMA_UNMAP, &unmap(address, size), &why)?;
     }
     wire.good(DMA_UNMAP, &unmap(ADDRESS, SIZE))?;
+    Ok(Outcome::Pass)
+}
+
+fn all(target: &Target<'_>) -> Result<Outcome> {
+    if !target.facts.dma_map {
+        return Ok(NO_DMA);
+    }
+    let mut wire = target.client()?;
+    let memory = memory()?;
+    let both = [ADDRESS, ADDRESS + 4 * SIZE];
+    for _ in 0..2 {
+        for address in both {
+            let body = map(32, 3, address, SIZE);
+            let reply = wire.call_with_fds(DMA_MAP, &body, &[memory.as_fd()])?;
+            ensure!(
+                reply.flags & ERROR == 0,
+                "DMA_MAP at {address:#x} failed with errno {}: is it still there?",
+                reply.error
+            );
+        }
+        // VFIO_DMA_UNMAP_FLAG_ALL: address and size are 0.
+        let mut body = words(&[24, 2]);
+        body.extend([0; 16]);
+        let reply = wire.call(DMA_UNMAP, &body)?;
+        if reply.flags & ERROR != 0 {
+            wire.still_works()?;
+            return Ok(Outcome::NotApplicable("the server refuses to unmap all at once"));
+        }
+        same("payload bytes of the reply", reply.body.len(), 24)?;
+    }
     Ok(Outcome::Pass)
 }
 

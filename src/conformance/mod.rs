@@ -1,5 +1,6 @@
 //! `tlbridge conformance`: cases from the vfio-user specification against any server socket.
 
+mod capability_cases;
 mod device_cases;
 mod dma_cases;
 mod message_cases;
@@ -14,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::cli::ConformanceArgs;
-use wire::{ERROR, VERSION, Wire};
+use wire::{ERROR, Message, VERSION, Wire};
 
 /// How long the server may take to let the next client in.
 const NEXT_CLIENT: Duration = Duration::from_secs(5);
@@ -29,6 +30,17 @@ pub struct Place {
     pub offset: u64,
 }
 
+/// How the device is made to access the client's memory: writing an address (8 bytes) to `trigger` makes it move
+/// the 8 bytes at `data` there (dma_write), or those 8 bytes to `data` (dma_read).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DmaFact {
+    /// Where the address is written.
+    pub trigger: Place,
+    /// The device's end.
+    pub data: Place,
+}
+
 /// What the suite cannot find out by itself. Cases that need a fact that is not given do not apply.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -39,6 +51,10 @@ pub struct Facts {
     pub pci_command: Option<u16>,
     /// DMA_MAP with a file descriptor works.
     pub dma_map: bool,
+    /// A way to make the device read.
+    pub dma_read: Option<DmaFact>,
+    /// A way to make the device write.
+    pub dma_write: Option<DmaFact>,
     /// DEVICE_RESET works.
     pub reset: bool,
     /// A second client is refused while the first is connected.
@@ -97,17 +113,22 @@ impl Target<'_> {
 
     /// A connection past VERSION. The client of the case before may still be being cleaned up.
     fn client(&self) -> Result<Wire> {
+        Ok(self.client_with(CAPABILITIES)?.0)
+    }
+
+    /// As [`Self::client`], proposing these capabilities; the reply to VERSION, too.
+    fn client_with(&self, capabilities: &str) -> Result<(Wire, Message)> {
         let deadline = Instant::now() + NEXT_CLIENT;
         loop {
             let mut wire = self.connect()?;
-            let problem = match wire.call(VERSION, &version(0, 1, Some(CAPABILITIES))) {
+            let problem = match wire.call(VERSION, &version(0, 1, Some(capabilities))) {
                 Ok(reply) if reply.flags & ERROR == 0 => {
                     if let Some(command) = self.facts.pci_command {
                         let body = wire::access(7, 4, 2, &command.to_ne_bytes());
                         wire.good(wire::REGION_WRITE, &body)
                             .context("PCI command register")?;
                     }
-                    return Ok(wire);
+                    return Ok((wire, reply));
                 }
                 Ok(reply) => anyhow::anyhow!("VERSION is refused with errno {}", reply.error),
                 Err(error) => error,
@@ -133,6 +154,13 @@ fn version(major: u16, minor: u16, data: Option<&str>) -> Vec<u8> {
     body
 }
 
+const ALL: [&[Case]; 4] = [
+    message_cases::CASES,
+    device_cases::CASES,
+    dma_cases::CASES,
+    capability_cases::CASES,
+];
+
 /// Runs all cases. True: none failed.
 ///
 /// # Errors
@@ -153,8 +181,7 @@ pub fn run(args: &ConformanceArgs, out: &mut impl Write) -> Result<bool> {
     };
     drop(target.connect().context("is the server running?")?);
     let mut findings = Vec::new();
-    let all = [message_cases::CASES, device_cases::CASES, dma_cases::CASES];
-    for case in all.into_iter().flatten() {
+    for case in ALL.into_iter().flatten() {
         if args
             .only
             .as_ref()
@@ -234,8 +261,7 @@ mod tests {
 
     #[test]
     fn test_cases_when_listed_have_names_of_their_own() {
-        let all = [message_cases::CASES, device_cases::CASES, dma_cases::CASES];
-        let mut names: Vec<_> = all.into_iter().flatten().map(|case| case.name).collect();
+        let mut names: Vec<_> = ALL.into_iter().flatten().map(|case| case.name).collect();
         let before = names.len();
         names.sort_unstable();
         names.dedup();

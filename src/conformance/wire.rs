@@ -31,7 +31,10 @@ pub const GET_IRQ_INFO: u16 = 7;
 pub const SET_IRQS: u16 = 8;
 pub const REGION_READ: u16 = 9;
 pub const REGION_WRITE: u16 = 10;
+pub const DMA_READ: u16 = 11;
+pub const DMA_WRITE: u16 = 12;
 pub const RESET: u16 = 13;
+pub const REGION_WRITE_MULTI: u16 = 15;
 
 // Section "Header", flags.
 pub const REPLY: u32 = 1;
@@ -106,10 +109,15 @@ impl Wire {
     pub fn connect(path: &Path) -> Result<Self> {
         let flags = SocketFlags::CLOEXEC;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).context("socket")?;
-        set_socket_timeout(&socket, Timeout::Recv, Some(LIMIT)).context("SO_RCVTIMEO")?;
-        set_socket_timeout(&socket, Timeout::Send, Some(LIMIT)).context("SO_SNDTIMEO")?;
         let address = SocketAddrUnix::new(path).context("socket path")?;
         connect(&socket, &address).with_context(|| format!("cannot connect to {}", path.display()))?;
+        Self::over(socket)
+    }
+
+    /// On a socket that is connected.
+    pub fn over(socket: OwnedFd) -> Result<Self> {
+        set_socket_timeout(&socket, Timeout::Recv, Some(LIMIT)).context("SO_RCVTIMEO")?;
+        set_socket_timeout(&socket, Timeout::Send, Some(LIMIT)).context("SO_SNDTIMEO")?;
         Ok(Self {
             socket,
             next_id: 0x1230,
@@ -120,7 +128,7 @@ impl Wire {
 
     /// A new message id.
     pub fn id(&mut self) -> u16 {
-        self.next_id += 1;
+        self.next_id = self.next_id.wrapping_add(1);
         self.next_id
     }
 

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -178,6 +178,56 @@ impl Tool {
             std::thread::sleep(Duration::from_millis(2));
         }
         None
+    }
+}
+
+/// A running `tlbridge device`, a GRU. Killed when dropped.
+#[derive(Debug)]
+pub struct Device {
+    child: Child,
+}
+
+impl Device {
+    /// Starts one and waits until it serves.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn start(socket: &Path, arguments: &[&str]) -> Self {
+        let mut child = Command::new(binary())
+            .args(["device", "--model", "gru", "--socket"])
+            .arg(socket)
+            .args(arguments)
+            .env("RUST_LOG", "error")
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|e| panic!("starting {}: {e}", binary().display()));
+        // It says where it serves as soon as it does.
+        let mut said = [0; 7];
+        let read = child.stderr.as_mut().expect("piped").read_exact(&mut said);
+        assert!(
+            read.is_ok() && &said == b"serving",
+            "the device does not serve: {read:?}"
+        );
+        Self { child }
+    }
+
+    /// Asks it to end.
+    ///
+    /// # Panics
+    /// When it does not end in good order.
+    pub fn end(mut self) {
+        kill(self.child.id(), 15);
+        let status = self.child.wait().expect("waitpid");
+        assert!(status.success(), "the device ended with {status}");
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

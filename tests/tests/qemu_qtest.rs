@@ -5,7 +5,7 @@ mod vfio_user_scratch;
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use device::model::Model;
@@ -20,6 +20,7 @@ use protos::gru::{HandleStatus, map, pci};
 use serde_json::json;
 use tests::processes::{binary, is_alive};
 use tests::qemu::{ALL_ONES, Gone, Memory, Qemu, find};
+use vfio_user_scratch::{ASK, FETCH, Msix, Scratch, TELL};
 
 /// Where the tests put the BARs: holes of a q35 machine of 256 MiB.
 const BAR0: u64 = 0xd000_0000;
@@ -352,7 +353,7 @@ fn test_qemu_when_the_device_process_is_killed_reads_all_ones_and_lives() {
     }
 }
 
-/// A server in this process around the trivial model, without MSI-X.
+/// A server in this process around the trivial model.
 struct Plain {
     path: PathBuf,
     function: Arc<Function>,
@@ -362,13 +363,12 @@ struct Plain {
 }
 
 impl Plain {
-    fn start() -> Self {
+    fn start(msix: Msix) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("plain.sock");
-        let function = Function::new(|context| {
-            Ok::<_, Infallible>(vfio_user_scratch::Scratch::build(context, false) as Arc<dyn Model>)
-        })
-        .unwrap();
+        let function =
+            Function::new(|context| Ok::<_, Infallible>(Scratch::build(context, msix) as Arc<dyn Model>))
+                .unwrap();
         let server = Server::bind(&path, Arc::clone(&function), ServerOptions::default()).unwrap();
         let stop = StopFd::new().unwrap();
         let for_thread = stop.clone();
@@ -437,7 +437,7 @@ impl Iommu {
 #[test]
 fn test_qemu_when_its_virtual_iommu_maps_and_unmaps_an_iova_moves_what_dma_reaches() {
     let program = qemu_or_skip!();
-    let server = Plain::start();
+    let server = Plain::start(Msix::None);
     let arguments = [
         "-device",
         "intel-iommu,caching-mode=on",
@@ -452,7 +452,7 @@ fn test_qemu_when_its_virtual_iommu_maps_and_unmaps_an_iova_moves_what_dma_reach
     qemu.config_write(GRU, 0x14, 0).unwrap();
     qemu.config_write16(GRU, 4, 6).unwrap();
     let fetch = |qemu: &mut Qemu, iova: u64| {
-        qemu.write64(BAR0 + vfio_user_scratch::FETCH, iova).unwrap();
+        qemu.write64(BAR0 + FETCH, iova).unwrap();
         qemu.read64(BAR0).unwrap()
     };
     // Without translation an IOVA is an address of guest memory.
@@ -515,7 +515,7 @@ fn unplug(qemu: &mut Qemu) -> Result<(), Gone> {
 #[test]
 fn test_qemu_when_hot_unplugged_and_plugged_again_is_served_each_time() {
     let program = qemu_or_skip!();
-    let server = Plain::start();
+    let server = Plain::start(Msix::None);
     let mut qemu = Qemu::start(&program, Memory::Shared, &strings(&PORT)).unwrap();
     for round in 0..4 {
         plug(&mut qemu, &server.path).unwrap();
@@ -531,6 +531,137 @@ fn test_qemu_when_hot_unplugged_and_plugged_again_is_served_each_time() {
     assert!(qemu.wait().success(), "{}", qemu.said());
 }
 
+/// QEMU 11.1.3 aborts when it takes any vfio-user device with MSI-X apart: it removes the region of the
+/// pending bits from a BAR that has been taken apart before (docs/qemu.md).
+fn is_the_known_fault(said: &str) -> bool {
+    said.contains("memory_region_del_subregion")
+}
+
+#[test]
+fn test_qemu_when_a_device_with_msix_is_unplugged_has_its_known_fault_or_none_wherever_the_table_is() {
+    let program = qemu_or_skip!();
+    let mut faults = Vec::new();
+    for msix in [Msix::Shared, Msix::OwnBar(0x1000), Msix::OwnBar(0x10000)] {
+        let server = Plain::start(msix);
+        let mut qemu = Qemu::start(&program, Memory::Shared, &strings(&PORT)).unwrap();
+        plug(&mut qemu, &server.path).unwrap();
+        assert_eq!(qemu.config_read(PLUGGED, 0).unwrap(), 0x5678_1234);
+        let again = unplug(&mut qemu).and_then(|()| plug(&mut qemu, &server.path));
+        match again {
+            Ok(()) => assert_eq!(qemu.config_read(PLUGGED, 0).unwrap(), 0x5678_1234),
+            Err(gone) => {
+                qemu.wait();
+                let said = qemu.said();
+                assert!(is_the_known_fault(&said), "{msix:?}: {gone}; {said}");
+                faults.push(msix);
+            }
+        }
+    }
+    if !faults.is_empty() {
+        println!(
+            "SKIP: unplug and plug of devices with MSI-X: this QEMU aborts at the unplug, with {faults:x?}"
+        );
+    }
+}
+
+/// What the server logs, of every test of this file.
+static LOG: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+
+struct Logged;
+
+impl std::io::Write for Logged {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        LOG.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn test_qemu_when_memory_is_not_shared_answers_the_devices_reads_and_writes() {
+    let program = qemu_or_skip!();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::DEBUG)
+        .with_ansi(false)
+        .with_writer(|| Logged)
+        .try_init();
+    assert!(subscriber.is_ok(), "only this test looks at the log");
+    let mut by_message_peers = 0;
+    for memory in [Memory::Anonymous, Memory::Shared, Memory::Private] {
+        let server = Plain::start(Msix::None);
+        let arguments = ["-device", &device_argument(&server.path)];
+        let mut qemu = Qemu::start(&program, memory, &strings(&arguments)).unwrap();
+        let by_message = server.function.dma().mappings();
+        let ram = by_message.iter().find(|map| map.iova == 0 && map.len > 0x8_0000);
+        let ram = ram.expect("guest memory is mapped");
+        match memory {
+            Memory::Shared => assert!(!ram.by_message, "{ram:x?}"),
+            Memory::Anonymous => assert!(ram.by_message, "{ram:x?}"),
+            Memory::Private => {}
+        }
+        qemu.config_write(GRU, 0x10, BAR0 as u32).unwrap();
+        qemu.config_write(GRU, 0x14, 0).unwrap();
+        qemu.config_write16(GRU, 4, 6).unwrap();
+        // A thread of the device asks; what it got, or whether it could, is in a register.
+        let done = |qemu: &mut Qemu, command: u64, iova: u64, register: u64| {
+            qemu.write64(BAR0 + 8 * register, 0).unwrap();
+            qemu.write64(BAR0 + command, iova).unwrap();
+            let deadline = Instant::now() + Duration::from_secs(60);
+            loop {
+                match qemu.read64(BAR0 + 8 * register).unwrap() {
+                    0 => assert!(Instant::now() < deadline, "the device's access does not end"),
+                    value => return value,
+                }
+            }
+        };
+        if memory == Memory::Private && !ram.by_message {
+            // QEMU 11.1.3 gives the file away that its own mapping is a private copy of: the device sees the
+            // file, and the guest never will what it writes (docs/qemu.md).
+            println!("SKIP: memory of a memfd without share=on: this QEMU gives the file away all the same");
+            qemu.write64(0x20_0000, 0x1122_3344_5566_7788).unwrap();
+            let mut seen = [0; 8];
+            server.function.dma().fetch(0x20_0000, &mut seen).unwrap();
+            assert_eq!(seen, [0; 8], "it is one memory after all: no reason to skip");
+            continue;
+        }
+        by_message_peers += usize::from(ram.by_message);
+        for round in 0..20u64 {
+            let (page, value) = (0x20_0000 + round * 0x1008, 0x1122_3344_5566_7700 + round);
+            qemu.write64(page, value).unwrap();
+            assert_eq!(done(&mut qemu, ASK, page, 3), value, "{memory:?}");
+            qemu.write64(BAR0 + 8, !value).unwrap();
+            assert_eq!(done(&mut qemu, TELL, page + 8, 4), 1, "{memory:?}");
+            assert_eq!(qemu.read64(page + 8).unwrap(), !value, "{memory:?}");
+            assert_eq!(qemu.read64(page).unwrap(), value, "nothing beside it");
+            assert_eq!(qemu.read64(page + 16).unwrap(), 0, "nothing beside it");
+        }
+        // Beyond the memory: refused, and the next access works.
+        assert_eq!(done(&mut qemu, ASK, 0x2000_0000, 3), u64::MAX);
+        assert_eq!(done(&mut qemu, ASK, 0x20_0000, 3), 0x1122_3344_5566_7700);
+        // Without bus mastering there is no access.
+        qemu.config_write16(GRU, 4, 2).unwrap();
+        assert_eq!(done(&mut qemu, ASK, 0x20_0000, 3), u64::MAX);
+        qemu.qmp("quit", &json!({})).unwrap();
+        assert!(qemu.wait().success(), "{}", qemu.said());
+    }
+    let log = String::from_utf8_lossy(&LOG.lock().unwrap()).into_owned();
+    let layouts: Vec<_> = log
+        .lines()
+        .filter(|line| line.contains("layout of DMA_READ"))
+        .collect();
+    assert_eq!(layouts.len(), by_message_peers, "{layouts:?}");
+    // QEMU's count has 32 bits where the specification says 64. A QEMU that follows it is served as well.
+    println!("this QEMU: {}", layouts[0]);
+    assert!(
+        layouts
+            .iter()
+            .all(|line| line.contains("layout=Short") || line.contains("layout=Specified"))
+    );
+}
+
 #[test]
 fn test_device_when_qemu_unplugs_it_serves_the_next_qemu() {
     let program = qemu_or_skip!();
@@ -541,13 +672,12 @@ fn test_device_when_qemu_unplugs_it_serves_the_next_qemu() {
         assert_eq!(qemu.config_read(PLUGGED, 0).unwrap(), ID);
         match unplug(&mut qemu) {
             Ok(()) => plug(&mut qemu, &device.socket).unwrap(),
-            // QEMU 11.1.3 takes its MSI-X PBA region out of a BAR that it has taken apart before, with any
-            // vfio-user device that has MSI-X. That is QEMU's end, and must not be the server's.
+            // That is QEMU's end, and must not be the server's.
             Err(gone) => {
                 qemu.wait();
                 let said = qemu.said();
                 assert!(
-                    said.contains("memory_region_del_subregion"),
+                    is_the_known_fault(&said),
                     "QEMU ended in another way than the known one: {gone}; {said}"
                 );
                 if round == 0 {

@@ -277,7 +277,7 @@ fn test_disconnect_when_everything_is_set_up_leaves_nothing() {
 #[test]
 fn test_model_when_it_has_no_msix_gets_one_self_masking_interrupt() {
     let function =
-        Function::new(|context| Ok::<_, Infallible>(Scratch::build(context, false) as Arc<dyn Model>))
+        Function::new(|context| Ok::<_, Infallible>(Scratch::build(context, Msix::None) as Arc<dyn Model>))
             .unwrap();
     assert_eq!(function.irq_count(IrqIndex::INTX), 1);
     assert_eq!(function.irq_count(IrqIndex::MSIX), 0);
@@ -296,7 +296,7 @@ fn test_model_when_it_has_no_msix_gets_one_self_masking_interrupt() {
 #[test]
 fn test_intx_when_disabled_in_config_space_is_pending_in_the_status_until_enabled() {
     let function =
-        Function::new(|context| Ok::<_, Infallible>(Scratch::build(context, false) as Arc<dyn Model>))
+        Function::new(|context| Ok::<_, Infallible>(Scratch::build(context, Msix::None) as Arc<dyn Model>))
             .unwrap();
     let fd = routed(&function, 0);
     let command = |value: u16| {

@@ -9,6 +9,7 @@ use std::convert::Infallible;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use device::model::{AccessError, BarSpec, Identity, Model};
 use device::pci::Function;
@@ -16,9 +17,12 @@ use device::server::{Server, ServerOptions, StopFd};
 use driver::backing::{Backing, DmaProt};
 use driver::vfio_user::VfioUserClient;
 use protos::vfio_user::Command;
+use rustix::event::{EventfdFlags, eventfd};
 use vfio_user_scratch::*;
 
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+/// The largest of them, in bytes.
+static LARGEST: AtomicU64 = AtomicU64::new(0);
 
 thread_local! {
     static COUNTED: Cell<bool> = const { Cell::new(false) };
@@ -26,17 +30,18 @@ thread_local! {
 
 struct Counting;
 
-fn count() {
+fn count(bytes: usize) {
     // No thread-local any more at a thread's end: nothing to count either.
     if COUNTED.try_with(Cell::get).unwrap_or(false) {
         ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        LARGEST.fetch_max(bytes as u64, Ordering::Relaxed);
     }
 }
 
 // SAFETY: everything is passed on to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count();
+        count(layout.size());
         // SAFETY: as the caller promises.
         unsafe { System.alloc(layout) }
     }
@@ -47,7 +52,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        count();
+        count(size);
         // SAFETY: as the caller promises.
         unsafe { System.realloc(pointer, layout, size) }
     }
@@ -185,6 +190,17 @@ fn test_clients_when_they_come_and_go_in_every_way_leave_no_file_descriptor() {
             }
             assert!(VfioUserClient::connect(&rig.path).is_err());
             drop(client);
+            // With eventfds that mask, unmask and are triggered.
+            let mut raw = Raw::negotiated(&rig.path);
+            let event = || eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+            let events = [event(), event(), event()];
+            for action in [8, 16, 32] {
+                let body = irq_set(4 | action, 3);
+                let fds = events.each_ref().map(AsFd::as_fd);
+                raw.send_with_fds(1, Command::DEVICE_SET_IRQS, &body, &fds);
+                raw.expect_ok(1);
+            }
+            drop(raw);
             // In the middle of a message, with file descriptors that nobody asked for.
             let mut raw = Raw::negotiated(&rig.path);
             raw.send_with_fds(1, Command::REGION_READ, &[], &[memory.as_fd(); 20]);
@@ -200,4 +216,116 @@ fn test_clients_when_they_come_and_go_in_every_way_leave_no_file_descriptor() {
         assert_eq!(connected(&rig), at_first);
     }
     assert_eq!(open_fds(), outside);
+}
+
+/// Body of SET_IRQS for the first MSI-X vectors.
+fn irq_set(flags: u32, count: u32) -> Vec<u8> {
+    [20, flags, 2, 0, count]
+        .iter()
+        .flat_map(|word: &u32| word.to_ne_bytes())
+        .collect()
+}
+
+#[test]
+fn test_mask_eventfds_when_full_or_semaphores_neither_stop_nor_spin_the_server() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let rig = Rig::start();
+    let mut raw = ready(&rig.path);
+    // Each read of a semaphore takes 1 of the count: it stays readable.
+    let fds = [EventfdFlags::empty(), EventfdFlags::SEMAPHORE].map(|kind| {
+        let fd = eventfd(0, kind | EventfdFlags::CLOEXEC).unwrap();
+        rustix::io::write(&fd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        fd
+    });
+    raw.send_with_fds(
+        2,
+        Command::DEVICE_SET_IRQS,
+        &irq_set(4 | 8, 2),
+        &fds.each_ref().map(AsFd::as_fd),
+    );
+    raw.expect_ok(2);
+    assert_eq!(raw.read_register(3, 8), 0);
+    let server = std::fs::read_dir("/proc/self/task")
+        .unwrap()
+        .map(|task| task.unwrap().path())
+        .find(|task| std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name == "vfio-user\n"))
+        .expect("the connection's thread");
+    let used = || {
+        let line = std::fs::read_to_string(server.join("schedstat")).unwrap();
+        Duration::from_nanos(line.split(' ').next().unwrap().parse().unwrap())
+    };
+    let before = used();
+    // Not to wait for something: the span in which nothing should be done.
+    std::thread::sleep(Duration::from_millis(300));
+    let spent = used() - before;
+    assert!(
+        spent < Duration::from_millis(100),
+        "{spent:?} of processor time for nothing"
+    );
+    assert_eq!(raw.read_register(4, 8), 0);
+}
+
+#[test]
+fn test_hostile_sizes_when_sent_never_make_the_server_allocate_more_than_its_limit() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    const LIMIT: u32 = 64 << 10;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let function = Function::new(|_| Ok::<_, Infallible>(Arc::new(Marking) as Arc<dyn Model>)).unwrap();
+    let options = ServerOptions {
+        max_data_xfer_size: LIMIT,
+        ..ServerOptions::default()
+    };
+    let server = Server::bind(&path, function, options).unwrap();
+    let stop = StopFd::new().unwrap();
+    // From the model's first access on the connection's thread is counted.
+    let marked = || {
+        let mut raw = Raw::with_capabilities(&path, "\"write_multiple\":true");
+        switch_on(&mut raw);
+        raw.send(2, Command::REGION_READ, &access(0, 0, 4, &[]));
+        raw.expect_ok(2);
+        raw
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| server.run(&stop).unwrap());
+        LARGEST.store(0, Ordering::Relaxed);
+        let mut raw = marked();
+        for (id, count) in (10..).zip([LIMIT + 1, 1 << 20, 1 << 30, u32::MAX]) {
+            raw.send(id, Command::REGION_READ, &access(0, 0, count, &[]));
+            raw.expect_error(id, 7);
+            raw.send(id, Command::REGION_WRITE, &access(0, 0, count, &[0; 8]));
+            raw.expect_error(id, 7);
+        }
+        for (id, count) in (20..).zip([201u64, 1 << 32, u64::MAX]) {
+            raw.send(id, Command::REGION_WRITE_MULTI, &count.to_ne_bytes());
+            raw.expect_error(id, 7);
+        }
+        // As much as is permitted, many times.
+        for id in 30..60 {
+            raw.send(
+                id,
+                Command::REGION_WRITE,
+                &access(0, 7, LIMIT, &vec![0; LIMIT as usize]),
+            );
+            raw.expect_error(id, 22);
+        }
+        drop(raw);
+        // Frames over the limit end the connection, before their bodies are there.
+        for size in [LIMIT + 33 + 4800, 1 << 30, u32::MAX] {
+            let mut raw = marked();
+            let mut frame = Raw::frame(5, Command::REGION_WRITE, &access(0, 0, 8, &[]));
+            frame[4..8].copy_from_slice(&size.to_ne_bytes());
+            std::io::Write::write_all(&mut raw.stream, &frame).unwrap();
+            raw.expect_error(5, 90);
+            raw.expect_closed();
+        }
+        stop.stop();
+    });
+    let largest = LARGEST.load(Ordering::Relaxed);
+    assert!(largest > 0, "nothing was counted");
+    // A buffer doubles as it grows.
+    assert!(
+        largest <= 2 * (u64::from(LIMIT) + 64),
+        "{largest} bytes at once, where {LIMIT} are the most of a message"
+    );
 }

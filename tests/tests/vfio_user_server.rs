@@ -63,7 +63,7 @@ fn test_client_when_connected_knows_the_device() {
     );
     assert_eq!(
         (capabilities.pgsizes, capabilities.write_multiple),
-        (Some(4096), Some(false))
+        (Some(4096), Some(true))
     );
 }
 
@@ -367,6 +367,7 @@ fn answer_version(answer: Vec<u8>) -> ConnectError {
         });
         let options = ClientOptions {
             reply_timeout: Some(Duration::from_millis(1500)),
+            ..ClientOptions::default()
         };
         VfioUserClient::connect_with(&path, options).unwrap_err()
     })
@@ -466,6 +467,7 @@ fn test_call_when_no_reply_comes_times_out_and_the_client_is_dead() {
     let rig = Rig::start();
     let options = ClientOptions {
         reply_timeout: Some(Duration::from_millis(1500)),
+        ..ClientOptions::default()
     };
     let client = VfioUserClient::connect_with(&rig.path, options).unwrap();
     enable(&client);
@@ -535,4 +537,60 @@ fn test_pidfd_when_the_device_is_another_process_becomes_readable_at_its_end() {
     );
     device.wait().unwrap();
     assert!(!client.alive());
+}
+
+#[test]
+fn test_dma_maps_when_as_many_as_version_says_refuse_one_more_and_keep_the_others() {
+    let rig = Rig::start();
+    let mut raw = Raw::connect(&rig.path);
+    let proposal = b"\0\0\x01\0{\"capabilities\":{\"max_dma_maps\":65535,\"max_msg_fds\":16}}\0";
+    raw.send(1, Command::VERSION, proposal);
+    let answer = raw.expect_ok(1);
+    let json: serde_json::Value = serde_json::from_slice(&answer[4..answer.len() - 1]).unwrap();
+    let limit = json["capabilities"]["max_dma_maps"].as_u64().unwrap();
+    switch_on(&mut raw);
+    let memory = memfd(0x2000);
+    rustix::io::pwrite(&memory, &7u64.to_le_bytes(), 0).unwrap();
+    let map = |raw: &mut Raw, id, page: u64| {
+        raw.send_with_fds(
+            id,
+            Command::DMA_MAP,
+            dma_map(page << 12, 0x1000).as_bytes(),
+            &[memory.as_fd()],
+        );
+    };
+    map(&mut raw, 2, 0);
+    raw.expect_ok(2);
+    // Up to the limit without a file, many in flight.
+    for start in (1..limit).step_by(256) {
+        let pages = start..(start + 256).min(limit);
+        for page in pages.clone() {
+            raw.send(
+                page as u16,
+                Command::DMA_MAP,
+                dma_map(page << 12, 0x1000).as_bytes(),
+            );
+        }
+        for page in pages {
+            raw.expect_ok(page as u16);
+        }
+    }
+    let fetched = |raw: &mut Raw| {
+        raw.send(3, Command::REGION_WRITE, &access(FETCH, 0, 8, &[0; 8]));
+        raw.expect_ok(3);
+        raw.read_register(4, 0)
+    };
+    for _ in 0..2 {
+        map(&mut raw, 5, limit);
+        raw.expect_error(5, Errno::NOSPC.raw_os_error());
+        raw.send(6, Command::DMA_MAP, dma_map(limit << 12, 0x1000).as_bytes());
+        raw.expect_error(6, Errno::NOSPC.raw_os_error());
+    }
+    assert_eq!(rig.function.dma().stats().mappings as u64, limit);
+    assert_eq!(fetched(&mut raw), 7, "the first mapping is as it was");
+    raw.send(7, Command::DMA_UNMAP, dma_unmap(9 << 12, 0x1000).as_bytes());
+    raw.expect_ok(7);
+    map(&mut raw, 8, limit);
+    raw.expect_ok(8);
+    assert_eq!(fetched(&mut raw), 7);
 }

@@ -8,13 +8,14 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use device::dma::DmaError;
-use device::server::ServerOptions;
+use device::server::{ErrorReplies, ServerOptions};
 use protos::vfio_user::{
     Command, DmaAccess, DmaMap, Header, IrqIndex, IrqInfo, IrqSet, IrqSetFlags, MessageFlags, RegionFlags,
     RegionIndex, RegionInfo,
 };
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use tests::processes::Device;
 use vfio_user_scratch::*;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -240,19 +241,30 @@ fn failing() -> [(Command, Vec<u8>, usize); 5] {
 
 #[test]
 fn test_trap7_errors_when_asked_for_at_full_size_have_it_and_else_are_a_header() {
-    for padded in [false, true] {
+    // What the crate that Cloud Hypervisor is built on proposes, and what others do.
+    let hypervisor = "\"max_msg_fds\":1,\"max_data_xfer_size\":1048576,\"migration\":{\"pgsize\":4096}";
+    let sample = "\"max_msg_fds\":32,\"max_data_xfer_size\":1024,\"migration\":{\"pgsize\":4096}";
+    for (replies, client, padded) in [
+        (ErrorReplies::Auto, QEMU, false),
+        (ErrorReplies::Auto, sample, false),
+        (ErrorReplies::Auto, hypervisor, true),
+        (ErrorReplies::Header, hypervisor, false),
+        (ErrorReplies::Full, QEMU, true),
+    ] {
         let rig = Rig::with(ServerOptions {
-            padded_errors: padded,
+            error_replies: replies,
             client_timeout: Duration::from_secs(60),
             ..ServerOptions::default()
         });
-        let mut raw = connected(&rig);
+        let mut raw = Raw::with_capabilities(&rig.path, client);
+        switch_on(&mut raw);
         for (id, (command, body, len)) in (10..).zip(failing()) {
             raw.send(id, command, &body);
             let (header, payload) = raw.reply();
             assert_eq!((header.message_id, header.flags.0), (id, 0x21));
             assert_ne!(header.error, 0);
-            assert_eq!(payload, vec![0; if padded { len } else { 0 }], "{command}");
+            let expected = vec![0; if padded { len } else { 0 }];
+            assert_eq!(payload, expected, "{replies:?}, {client}: {command}");
         }
         // Others are headers in any case.
         raw.send(30, Command(500), &[]);
@@ -262,13 +274,9 @@ fn test_trap7_errors_when_asked_for_at_full_size_have_it_and_else_are_a_header()
 }
 
 #[test]
-fn test_trap7_foreign_client_when_errors_are_padded_goes_on_after_one() {
-    let rig = Rig::with(ServerOptions {
-        padded_errors: true,
-        client_timeout: Duration::from_secs(60),
-        ..ServerOptions::default()
-    });
-    // The client that Cloud Hypervisor uses.
+fn test_trap7_foreign_client_when_it_meets_errors_goes_on_after_each() {
+    let rig = Rig::start();
+    // The client that Cloud Hypervisor uses, without anybody saying so.
     let mut client = vfio_user::Client::new(&rig.path).unwrap();
     client.region_write(7, 4, &[6, 0]).unwrap();
     client.region_write(0, 8, &9u64.to_le_bytes()).unwrap();
@@ -282,6 +290,25 @@ fn test_trap7_foreign_client_when_errors_are_padded_goes_on_after_one() {
         9,
         "each reply is taken for its own request's"
     );
+}
+
+#[test]
+fn test_trap7_device_when_told_on_the_command_line_pads_errors_for_everybody() {
+    for (choice, len) in [("full", 24), ("header", 0), ("auto", 0)] {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("gru.sock");
+        let device = Device::start(&socket, &["--error-replies", choice]);
+        let mut raw = Raw::negotiated(&socket);
+        // Config space ends at 4096.
+        raw.send(2, Command::REGION_READ, &access(4096, 7, 8, &[]));
+        let (header, payload) = raw.reply();
+        assert_eq!(
+            (header.message_id, header.flags.0, header.error),
+            (2, 0x21, EINVAL as u32)
+        );
+        assert_eq!(payload, vec![0; len], "{choice}");
+        device.end();
+    }
 }
 
 #[test]

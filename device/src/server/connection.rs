@@ -11,11 +11,12 @@ use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::ServerOptions;
 use super::dispatch::{MAX_MULTI_WRITES, Refusal, ReplyBuffer, ReplyFds};
 use super::frame::{self, Ended, Fds, MAX_FDS, Receiver};
+use super::mask_events::MaskEvents;
 use super::requests::{Outgoing, RequestOptions, Requests, this_thread_serves};
 use super::twin::Twin;
+use super::{ErrorReplies, ServerOptions};
 use crate::pci::Function;
 
 /// Refusals of one connection that are logged as warnings; later ones only at debug level, as a client can
@@ -33,6 +34,10 @@ pub(super) struct Session<'f> {
     pub(super) write_multiple: bool,
     /// Our end of the twin socket, if one was agreed on.
     pub(super) twin: Option<OwnedFd>,
+    /// The client reads some error replies at full size.
+    pub(super) padded_errors: bool,
+    /// Eventfds for MASK and UNMASK, if there are any.
+    pub(super) mask_events: Option<MaskEvents>,
 }
 
 pub(super) struct Connection<'f> {
@@ -63,6 +68,8 @@ impl<'f> Connection<'f> {
                 negotiated: None,
                 write_multiple: false,
                 twin: None,
+                padded_errors: options.error_replies == ErrorReplies::Full,
+                mask_events: None,
             },
             stopping,
             requests: None,
@@ -113,6 +120,10 @@ impl<'f> Connection<'f> {
 
     fn one_message(&mut self) -> Result<(), Ended> {
         let timeout = self.session.options.client_timeout;
+        if let Some(events) = &mut self.session.mask_events {
+            let interrupts = self.session.function.interrupts();
+            events.before_message(self.out.socket(), self.receiver.has_begun(), interrupts)?;
+        }
         let header = self.receiver.next(self.out.socket(), &mut self.fds, timeout)?;
         let limit = longest_message(self.session.options.max_data_xfer_size);
         let len = match header.payload_len(limit) {
@@ -150,7 +161,7 @@ impl<'f> Connection<'f> {
         self.fds.clear();
         match outcome {
             Err(refusal) => {
-                let padding = if self.session.options.padded_errors {
+                let padding = if self.session.padded_errors {
                     let limit = self.session.options.max_data_xfer_size;
                     reply_len(header.command, body, limit)
                 } else {
@@ -188,7 +199,7 @@ impl<'f> Connection<'f> {
         let request_options = RequestOptions {
             max_transfer: options.max_data_xfer_size.min(theirs.max_data_xfer_size()) as usize,
             timeout: options.dma_timeout,
-            // Of the clients that are known only QEMU's proposes this, and only QEMU's layout is short.
+            // QEMU proposes this, and only QEMU's layout may be short (10.1; not 11.1.3).
             may_be_short: theirs.write_multiple == Some(true),
         };
         let requests = match self.session.twin.take() {

@@ -11,8 +11,10 @@ use protos::vfio_user::{
 use rustix::io::Errno;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use super::ErrorReplies;
 use super::connection::Session;
 use super::frame::{Fds, MAX_FDS};
+use super::mask_events::MAX_MASK_EVENTS;
 use crate::dma::{DmaError, MAX_MAPPINGS, Prot};
 use crate::model::IoEventFd;
 use crate::pci::RegionError;
@@ -69,8 +71,10 @@ pub(super) enum Refusal {
     Region(#[from] RegionError),
     #[error(transparent)]
     IrqSet(#[from] IrqSetError),
-    #[error("an eventfd for MASK or UNMASK is not supported")]
-    IrqEventFdAction,
+    #[error("more than {MAX_MASK_EVENTS} eventfds for MASK and UNMASK")]
+    MaskEvents,
+    #[error("an eventfd for MASK or UNMASK cannot be watched: {0}")]
+    MaskEvent(Errno),
     #[error("file descriptor {0} is not an eventfd")]
     NotAnEventFd(usize),
 }
@@ -78,9 +82,10 @@ pub(super) enum Refusal {
 impl Refusal {
     pub(super) fn errno(&self) -> Errno {
         match self {
-            Self::Unsupported | Self::IrqEventFdAction => Errno::NOTSUP,
+            Self::Unsupported => Errno::NOTSUP,
             Self::Count { .. } | Self::Writes(_) => Errno::TOOBIG,
-            Self::Twin(errno) => *errno,
+            Self::Twin(errno) | Self::MaskEvent(errno) => *errno,
+            Self::MaskEvents => Errno::NOSPC,
             Self::Dma(error) => error.errno(),
             Self::Region(error) => error.errno(),
             _ => Errno::INVAL,
@@ -187,7 +192,9 @@ impl<'f> Session<'f> {
             Command::DEVICE_GET_REGION_INFO => return self.region_info(body, reply),
             Command::DEVICE_GET_REGION_IO_FDS => return self.region_io_fds(body, reply),
             Command::DEVICE_GET_IRQ_INFO => self.irq_info(body, reply)?,
-            Command::DEVICE_SET_IRQS => super::irqs::set_irqs(self.function, body, fds)?,
+            Command::DEVICE_SET_IRQS => {
+                super::irqs::set_irqs(self.function, body, fds, &mut self.mask_events)?;
+            }
             Command::DEVICE_RESET => {
                 if !body.is_empty() {
                     return Err(Refusal::Size {
@@ -264,6 +271,9 @@ impl<'f> Session<'f> {
         };
         self.write_multiple = agreed.write_multiple == Some(true);
         self.negotiated = Some(theirs);
+        if self.options.error_replies == ErrorReplies::Auto {
+            self.padded_errors = VersionData::is_from_vfio_user_crate(body);
+        }
         Ok(reply_fds)
     }
 

@@ -202,6 +202,11 @@ impl Receiver {
         Ok(&self.buffer[self.start..][Header::SIZE..end])
     }
 
+    /// Bytes of the next message are here already.
+    pub(super) fn has_begun(&self) -> bool {
+        self.filled > self.current
+    }
+
     /// The header so far behind `start`.
     fn header_at(&self, at: usize) -> Header {
         let bytes = &self.buffer[self.start + at..][..Header::SIZE];

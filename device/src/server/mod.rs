@@ -14,17 +14,17 @@
 //! Errors are answered as the specification says, with a header alone. Cloud Hypervisor reads the replies to
 //! region accesses, DMA_UNMAP and GET_IRQ_INFO at full size without looking at the flag, and a vCPU of it
 //! waits for ever for the rest; libvfio-user's client on the other hand reads nothing after an error's
-//! header, so that a body would be taken for the next reply. Neither can be told apart by what it says in
-//! VERSION, hence [`ServerOptions::padded_errors`], off unless asked for.
+//! header, so that a body would be taken for the next reply. The crate that Cloud Hypervisor is built on is
+//! known by what it proposes in VERSION; [`ErrorReplies`] says it for clients that are not.
 //!
-//! Not implemented: DEVICE_FEATURE and migration, SET_IRQS with an eventfd for MASK or UNMASK (ENOTSUP; QEMU
-//! goes on without, the interrupt is then unmasked by message).
+//! Not implemented: DEVICE_FEATURE and migration.
 
 mod connection;
 mod dispatch;
 mod frame;
 mod irqs;
 mod listener;
+mod mask_events;
 mod peer;
 mod requests;
 mod twin;
@@ -50,6 +50,19 @@ use connection::Connection;
 use listener::Listener;
 use peer::Peer;
 
+/// How long an error's reply is, for the commands whose replies Cloud Hypervisor reads at full size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ErrorReplies {
+    /// Full size for clients built on the `vfio_user` crate (Cloud Hypervisor), which are known by their
+    /// VERSION; a header for everybody else.
+    #[default]
+    Auto,
+    /// A header, as the specification says.
+    Header,
+    /// As long as a good reply, with zeros.
+    Full,
+}
+
 /// Limits of a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ServerOptions {
@@ -63,9 +76,8 @@ pub struct ServerOptions {
     pub busy_poll: Duration,
     /// How long a client may take to answer a DMA_READ or DMA_WRITE. Then the device's access fails.
     pub dma_timeout: Duration,
-    /// Error replies to region accesses, DMA_UNMAP and GET_IRQ_INFO are as long as good ones: for Cloud
-    /// Hypervisor.
-    pub padded_errors: bool,
+    /// How long error replies to region accesses, DMA_UNMAP and GET_IRQ_INFO are.
+    pub error_replies: ErrorReplies,
 }
 
 impl Default for ServerOptions {
@@ -75,7 +87,7 @@ impl Default for ServerOptions {
             client_timeout: Duration::from_secs(5),
             busy_poll: Duration::ZERO,
             dma_timeout: Duration::from_secs(5),
-            padded_errors: false,
+            error_replies: ErrorReplies::Auto,
         }
     }
 }

@@ -8,32 +8,41 @@
 //! would be taken for the next one's): the client is dead from then on, says so in each call, and
 //! [`Backing::alive`] is false. Connecting anew is the caller's decision.
 //!
-//! Not implemented: requests of the server (DMA_READ, DMA_WRITE), memory without a file descriptor,
-//! WRITE_MULTI, migration.
+//! The server can ask for memory that was mapped without a file descriptor
+//! ([`VfioUserClient::dma_map_by_message`]), if [`ClientOptions::by_message`] says so: then a thread of the client
+//! answers, on a socket of its own or on the one.
+//!
+//! Not implemented: migration.
 
+mod asked;
 mod error;
+mod memory;
 mod peer;
 mod transport;
 
 pub use error::ConnectError;
+pub use memory::MessageMemory;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use protos::vfio_user::{
     Capabilities, Command, DeviceFlags, DeviceInfo, DmaFlags, DmaMap, DmaUnmap, DmaUnmapFlags, IoFd,
     IoFdType, IoFdsInfo, IrqIndex, IrqInfo, IrqSet, IrqSetFlags, MessageFlags, RegionAccess, RegionFlags,
-    RegionIndex, RegionInfo, VERSION_MAJOR, VERSION_MINOR, VersionData, VersionHeader, parse_sparse_mmap,
+    RegionIndex, RegionInfo, RegionWriteOne, TwinSocket, VERSION_MAJOR, VERSION_MINOR, VersionData,
+    VersionHeader, parse_sparse_mmap,
 };
 use rustix::io::Errno;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::backing::{Backing, BarInfo, DmaProt};
+use asked::AskedThread;
 use error::CallError;
+use memory::MemoryMap;
 use peer::Peer;
 use transport::{Reply, Transport};
 
@@ -46,17 +55,35 @@ const MAX_QUERY: usize = 64 << 10;
 /// Room for a query's first try.
 const FIRST_QUERY: usize = 1024;
 
+/// Writes in one REGION_WRITE_MULTI: what QEMU sends at most.
+const MAX_MULTI_WRITES: usize = 200;
+
+/// Whether the server may ask for memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ByMessage {
+    /// It may not; memory is mapped with a file descriptor.
+    #[default]
+    No,
+    /// On the one socket, between the replies: a thread reads it and calls wait for that thread.
+    OneSocket,
+    /// On a socket of its own, if the server can do that, else as `OneSocket`.
+    Twin,
+}
+
 /// How a client behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ClientOptions {
     /// How long a call waits for its reply; `None` = for ever (a device process under a debugger).
     pub reply_timeout: Option<Duration>,
+    /// Whether the server may ask for memory, and where.
+    pub by_message: ByMessage,
 }
 
 impl Default for ClientOptions {
     fn default() -> Self {
         Self {
             reply_timeout: Some(Duration::from_secs(10)),
+            by_message: ByMessage::No,
         }
     }
 }
@@ -73,6 +100,12 @@ struct Bar {
 pub struct VfioUserClient {
     path: PathBuf,
     transport: Mutex<Transport>,
+    /// Mapped without a file; none when the server may not ask.
+    memory: Option<Arc<MemoryMap>>,
+    /// Answers the server. Dropped with the client, which ends it.
+    _asked: Option<AskedThread>,
+    /// The server's commands come on a socket of their own.
+    twin: bool,
     /// The transport has failed. A copy for those who do not want to wait for the lock.
     failed: AtomicBool,
     peer: Peer,
@@ -106,13 +139,28 @@ impl VfioUserClient {
         let path = path.as_ref();
         let mut transport = Transport::connect(path, options.reply_timeout)?;
         let fail = |what: &'static str| move |error: CallError| ConnectError::from_call(path, what, error);
-        let server = negotiate(&mut transport, path)?;
+        let twin_wanted = options.by_message == ByMessage::Twin;
+        let (server, twin) = negotiate(&mut transport, path, twin_wanted)?;
         let max_data = server.max_data_xfer_size().min(MAX_DATA) as usize;
         if max_data < 8 {
             return Err(fail("VERSION")(CallError::protocol(format!(
                 "max_data_xfer_size is {max_data}"
             ))));
         }
+        let memory =
+            (options.by_message != ByMessage::No).then(|| Arc::new(MemoryMap::new(MAX_DATA as usize)));
+        let has_twin = twin.is_some();
+        let asked = match (&memory, twin) {
+            (None, _) => None,
+            (Some(memory), Some(twin)) => Some(
+                AskedThread::start(Arc::new(twin), Arc::clone(memory)).map_err(fail("the twin socket"))?,
+            ),
+            (Some(memory), None) => Some(
+                transport
+                    .start_reader(Arc::clone(memory))
+                    .map_err(fail("reading"))?,
+            ),
+        };
         let info = device_info(&mut transport).map_err(fail("DEVICE_GET_INFO"))?;
         if !info.flags.contains(DeviceFlags::PCI) {
             return Err(ConnectError::NotPci { path: path.into() });
@@ -132,6 +180,9 @@ impl VfioUserClient {
         Ok(Self {
             path: path.into(),
             transport: Mutex::new(transport),
+            memory,
+            _asked: asked,
+            twin: has_twin,
             failed: AtomicBool::new(false),
             peer,
             server,
@@ -228,6 +279,112 @@ impl VfioUserClient {
         Ok(())
     }
 
+    /// Whether the server's commands come on a socket of their own.
+    #[must_use]
+    pub fn has_twin_socket(&self) -> bool {
+        self.twin
+    }
+
+    /// Let the device reach memory that has no file: it asks for it, and a thread of this client answers.
+    ///
+    /// # Errors
+    /// EEXIST on overlap, EOPNOTSUPP without [`ClientOptions::by_message`], the device's errno, the transport's.
+    pub fn dma_map_by_message(
+        &self,
+        iova: u64,
+        len: u64,
+        memory: Arc<dyn MessageMemory>,
+        prot: DmaProt,
+    ) -> io::Result<()> {
+        let map = self.memory.as_ref().ok_or(Errno::OPNOTSUPP)?;
+        // Before the device knows: it may ask at once.
+        if !map.insert(iova, len, memory, prot) {
+            return Err(Errno::EXIST.into());
+        }
+        let mapped = self.plain(Command::DMA_MAP, map_request(iova, len, 0, prot).as_bytes(), &[]);
+        if mapped.is_err() {
+            map.remove(iova, 1);
+        }
+        mapped
+    }
+
+    /// Take all memory away, with and without files.
+    ///
+    /// # Errors
+    /// The device's errno, or the transport's.
+    pub fn dma_unmap_all(&self) -> io::Result<()> {
+        self.unmap(0, 0, DmaUnmapFlags::ALL)?;
+        if let Some(memory) = &self.memory {
+            memory.clear();
+        }
+        Ok(())
+    }
+
+    fn unmap(&self, iova: u64, len: u64, flags: DmaUnmapFlags) -> io::Result<()> {
+        let unmap = DmaUnmap {
+            argsz: size_of::<DmaUnmap>() as u32,
+            flags,
+            address: iova,
+            size: len,
+        };
+        self.with(|transport| {
+            let mut payload = [0; size_of::<DmaUnmap>()];
+            let mut reply = Reply {
+                head: &mut payload,
+                data: &mut [],
+                fds: None,
+            };
+            transport
+                .call(Command::DMA_UNMAP, unmap.as_bytes(), &[], &[], &mut reply)
+                .map(drop)
+        })
+    }
+
+    /// Several writes of at most 8 bytes (BAR, offset, data) in as few messages as can be; answered. How many
+    /// had an effect.
+    ///
+    /// # Errors
+    /// EINVAL for data of more than 8 bytes or no such BAR, EOPNOTSUPP when the server does not take them (see
+    /// [`VfioUserClient::server_capabilities`]), the device's errno, the transport's.
+    pub fn write_multi(&self, writes: &[(usize, u64, &[u8])]) -> io::Result<u64> {
+        if self.server.write_multiple != Some(true) {
+            return Err(Errno::OPNOTSUPP.into());
+        }
+        let mut done = 0;
+        for some in writes.chunks(MAX_MULTI_WRITES) {
+            let mut body = (some.len() as u64).as_bytes().to_vec();
+            for (bar, offset, data) in some {
+                let mut one = RegionWriteOne {
+                    offset: *offset,
+                    region: self.region_of(*bar)?.0,
+                    count: data.len() as u32,
+                    data: [0; 8],
+                };
+                let to = one.data.get_mut(..data.len()).ok_or(Errno::INVAL)?;
+                to.copy_from_slice(data);
+                body.extend_from_slice(one.as_bytes());
+            }
+            done += self.with(|transport| {
+                let mut count = [0; 8];
+                let mut reply = Reply {
+                    head: &mut count,
+                    data: &mut [],
+                    fds: None,
+                };
+                transport.call(Command::REGION_WRITE_MULTI, &body, &[], &[], &mut reply)?;
+                let count: u64 = fixed(&count)?;
+                if count > some.len() as u64 {
+                    return Err(CallError::protocol(format!(
+                        "{} writes, {count} were done",
+                        some.len()
+                    )));
+                }
+                Ok(count)
+            })?;
+        }
+        Ok(done)
+    }
+
     /// A call whose reply has no payload.
     fn plain(&self, command: Command, payload: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.with(|transport| {
@@ -248,14 +405,22 @@ impl VfioUserClient {
     }
 }
 
-fn negotiate(transport: &mut Transport, path: &Path) -> Result<Capabilities, ConnectError> {
+/// The server's capabilities, and the twin socket if one was agreed on.
+fn negotiate(
+    transport: &mut Transport,
+    path: &Path,
+    twin: bool,
+) -> Result<(Capabilities, Option<OwnedFd>), ConnectError> {
     let ours = Capabilities {
         max_msg_fds: Some(transport::MAX_FDS as u32),
         max_data_xfer_size: Some(MAX_DATA),
         pgsizes: Some(rustix::param::page_size() as u64),
         max_dma_maps: Some(u32::from(u16::MAX)),
-        write_multiple: Some(false),
-        twin_socket: None,
+        write_multiple: Some(true),
+        twin_socket: twin.then_some(TwinSocket {
+            supported: true,
+            fd_index: None,
+        }),
     };
     let mut request = Vec::new();
     let version = VersionHeader {
@@ -268,10 +433,11 @@ fn negotiate(transport: &mut Transport, path: &Path) -> Result<Capabilities, Con
     .encode(version, &mut request);
     let mut room = vec![0; MAX_QUERY];
     let fail = |error| ConnectError::from_call(path, "VERSION", error);
+    let mut fds = Vec::new();
     let mut reply = Reply {
         head: &mut room,
         data: &mut [],
-        fds: None,
+        fds: Some(&mut fds),
     };
     let len = transport
         .call(Command::VERSION, &request, &[], &[], &mut reply)
@@ -285,7 +451,38 @@ fn negotiate(transport: &mut Transport, path: &Path) -> Result<Capabilities, Con
             minor: version.minor,
         });
     }
-    Ok(data.capabilities.unwrap_or_default())
+    let server = data.capabilities.unwrap_or_default();
+    let socket = match server.twin_socket.filter(|socket| twin && socket.supported) {
+        None => None,
+        Some(socket) => {
+            let index = socket.fd_index.unwrap_or_default() as usize;
+            let count = fds.len();
+            let fd = fds.into_iter().nth(index);
+            Some(fd.ok_or_else(|| {
+                fail(CallError::protocol(format!(
+                    "the twin socket is file descriptor {index} of {count}"
+                )))
+            })?)
+        }
+    };
+    Ok((server, socket))
+}
+
+fn map_request(iova: u64, len: u64, offset: u64, prot: DmaProt) -> DmaMap {
+    let mut flags = DmaFlags::default();
+    if prot.read {
+        flags |= DmaFlags::READ;
+    }
+    if prot.write {
+        flags |= DmaFlags::WRITE;
+    }
+    DmaMap {
+        argsz: size_of::<DmaMap>() as u32,
+        flags,
+        offset,
+        address: iova,
+        size: len,
+    }
 }
 
 fn device_info(transport: &mut Transport) -> Result<DeviceInfo, CallError> {
@@ -466,44 +663,18 @@ impl Backing for VfioUserClient {
     }
 
     fn dma_map(&self, iova: u64, len: u64, fd: BorrowedFd<'_>, offset: u64, prot: DmaProt) -> io::Result<()> {
-        let mut flags = DmaFlags::default();
-        if prot.read {
-            flags |= DmaFlags::READ;
-        }
-        if prot.write {
-            flags |= DmaFlags::WRITE;
-        }
-        let map = DmaMap {
-            argsz: size_of::<DmaMap>() as u32,
-            flags,
-            offset,
-            address: iova,
-            size: len,
-        };
+        let map = map_request(iova, len, offset, prot);
         self.plain(Command::DMA_MAP, map.as_bytes(), &[fd])
     }
 
     /// As the trait says, but that nothing is mapped there is no error with a server that accepts unmaps
     /// which cover more than was mapped.
     fn dma_unmap(&self, iova: u64, len: u64) -> io::Result<()> {
-        let flags = DmaUnmapFlags::default();
-        let unmap = DmaUnmap {
-            argsz: size_of::<DmaUnmap>() as u32,
-            flags,
-            address: iova,
-            size: len,
-        };
-        self.with(|transport| {
-            let mut payload = [0; size_of::<DmaUnmap>()];
-            let mut reply = Reply {
-                head: &mut payload,
-                data: &mut [],
-                fds: None,
-            };
-            transport
-                .call(Command::DMA_UNMAP, unmap.as_bytes(), &[], &[], &mut reply)
-                .map(drop)
-        })
+        self.unmap(iova, len, DmaUnmapFlags::default())?;
+        if let Some(memory) = &self.memory {
+            memory.remove(iova, len);
+        }
+        Ok(())
     }
 
     fn io_eventfd(&self, bar: usize, offset: u64) -> io::Result<Option<OwnedFd>> {

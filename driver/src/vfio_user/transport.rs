@@ -4,6 +4,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use protos::vfio_user::{Command, Header, MessageFlags, MessageType};
@@ -17,7 +18,9 @@ use rustix::net::{
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::POSTED;
+use super::asked::{Asked, AskedThread};
 use super::error::{CallError, ConnectError};
+use super::memory::MemoryMap;
 
 /// File descriptors accepted in one message (`max_msg_fds`).
 pub(super) const MAX_FDS: usize = 16;
@@ -42,7 +45,9 @@ impl Reply<'_> {
 
 #[derive(Debug)]
 pub(super) struct Transport {
-    socket: OwnedFd,
+    socket: Arc<OwnedFd>,
+    /// Who reads the socket, when it is not the caller.
+    reader: Option<Arc<Asked>>,
     timeout: Option<Duration>,
     next_id: u16,
     /// Why it cannot be used any more.
@@ -78,15 +83,25 @@ impl Transport {
         set_socket_timeout(&socket, Timeout::Send, timeout).map_err(failed)?;
         connect(&socket, &address).map_err(failed)?;
         Ok(Self {
-            socket,
+            socket: Arc::new(socket),
+            reader: None,
             timeout,
             next_id: 0,
             dead: None,
         })
     }
 
-    pub(super) fn socket(&self) -> &OwnedFd {
+    pub(super) fn socket(&self) -> &Arc<OwnedFd> {
         &self.socket
+    }
+
+    /// From now on a thread reads the socket, which answers the server from `memory`.
+    pub(super) fn start_reader(&mut self, memory: Arc<MemoryMap>) -> Result<AskedThread, CallError> {
+        // It waits for the first byte as long as it takes; calls have their own limit.
+        set_socket_timeout(&*self.socket, Timeout::Recv, None).map_err(CallError::System)?;
+        let thread = AskedThread::start(Arc::clone(&self.socket), memory)?;
+        self.reader = Some(Arc::clone(thread.asked()));
+        Ok(thread)
     }
 
     /// Never use the stream again: where a reply starts is not known any more.
@@ -128,6 +143,8 @@ impl Transport {
     }
 
     fn send(&self, parts: [&[u8]; 3], fds: &[BorrowedFd<'_>]) -> Result<(), CallError> {
+        // Answers to the server go the same way.
+        let _whole = self.reader.as_deref().map(Asked::sending);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() {
@@ -202,8 +219,34 @@ impl Transport {
         }
     }
 
-    /// Only one request is under way and the server asks nothing, so header and payload can be read at once.
+    /// As [`Self::receive`], what the thread that reads has got.
+    fn take_reply(
+        &self,
+        reader: &Asked,
+        request: &Header,
+        reply: &mut Reply<'_>,
+    ) -> Result<usize, CallError> {
+        let arrived = reader.reply(self.timeout)?;
+        let wanted = check(
+            request,
+            &arrived.header,
+            Header::SIZE + reply.head.len() + reply.data.len(),
+        )?;
+        refused(&arrived.header)?;
+        let (head, data) = arrived.body.split_at(arrived.body.len().min(reply.head.len()));
+        reply.head[..head.len()].copy_from_slice(head);
+        reply.data[..data.len()].copy_from_slice(data);
+        if let Some(fds) = &mut reply.fds {
+            fds.extend(arrived.fds);
+        }
+        Ok(wanted - Header::SIZE)
+    }
+
+    /// Only one request is under way and the server asks nothing here, so header and payload can be read at once.
     fn receive(&self, request: &Header, reply: &mut Reply<'_>) -> Result<usize, CallError> {
+        if let Some(reader) = &self.reader {
+            return self.take_reply(reader, request, reply);
+        }
         let mut head = [0; Header::SIZE];
         let room = Header::SIZE + reply.head.len() + reply.data.len();
         let mut wanted = room;
@@ -233,16 +276,22 @@ impl Transport {
                 filled - wanted
             )));
         }
-        if header.flags.contains(MessageFlags::ERROR) {
-            let errno = i32::try_from(header.error)
-                .ok()
-                .filter(|errno| *errno > 0 && *errno < 4096);
-            return Err(CallError::Device(Errno::from_raw_os_error(
-                errno.unwrap_or(Errno::IO.raw_os_error()),
-            )));
-        }
+        refused(&header)?;
         Ok(wanted - Header::SIZE)
     }
+}
+
+/// The errno of an error's reply.
+fn refused(header: &Header) -> Result<(), CallError> {
+    if !header.flags.contains(MessageFlags::ERROR) {
+        return Ok(());
+    }
+    let errno = i32::try_from(header.error)
+        .ok()
+        .filter(|errno| *errno > 0 && *errno < 4096);
+    Err(CallError::Device(Errno::from_raw_os_error(
+        errno.unwrap_or(Errno::IO.raw_os_error()),
+    )))
 }
 
 /// The reply's size, if it answers `request` and fits.
@@ -257,9 +306,7 @@ fn check(request: &Header, reply: &Header, room: usize) -> Result<usize, CallErr
         )));
     }
     match reply.payload_len(room) {
-        Ok(payload) if payload > 0 && reply.flags.contains(MessageFlags::ERROR) => Err(CallError::protocol(
-            format!("an error with {payload} bytes of payload"),
-        )),
+        // An error with a payload, too: some servers fill it up to the size of a good reply.
         Ok(payload) => Ok(Header::SIZE + payload),
         Err(error) => Err(CallError::protocol(error.to_string())),
     }

@@ -358,7 +358,7 @@ impl RegionWriteOne {
 /// Head of the payload of DMA_READ, DMA_WRITE and their replies, 16 bytes; data follows in the write
 /// request and in the read reply.
 ///
-/// QEMU (`hw/vfio-user/protocol.h`, 10.1) has a 32-bit count and its data directly after it, at
+/// QEMU 10.1 (`hw/vfio-user/protocol.h`; 11.1.3 was seen to do as specified) has a 32-bit count and its data directly after it, at
 /// [`DmaAccess::SHORT_SIZE`]; its messages are nevertheless as long as if the head had 16 bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]

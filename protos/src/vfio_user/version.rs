@@ -141,6 +141,30 @@ impl VersionData {
         Ok((header, serde_json::from_slice(data)?))
     }
 
+    /// Whether a VERSION payload is that of a client built on the registry's `vfio_user` crate (Cloud Hypervisor):
+    /// it names three capabilities, each with the specification's default. No other known client says exactly
+    /// that (libvfio-user's sample names the same three with limits of its own).
+    #[must_use]
+    pub fn is_from_vfio_user_crate(payload: &[u8]) -> bool {
+        let Some([json @ .., 0]) = payload.get(size_of::<VersionHeader>()..) else {
+            return false;
+        };
+        let Ok(serde_json::Value::Object(data)) = serde_json::from_slice(json) else {
+            return false;
+        };
+        let Some(serde_json::Value::Object(named)) = data.get("capabilities") else {
+            return false;
+        };
+        let is = |name: &str, default: u32| named.get(name).and_then(|v| v.as_u64()) == Some(default.into());
+        data.len() == 1
+            && named.len() == 3
+            && is("max_msg_fds", DEFAULT_MAX_MSG_FDS)
+            && is("max_data_xfer_size", DEFAULT_MAX_DATA_XFER_SIZE)
+            && named
+                .get("migration")
+                .is_some_and(|migration| migration.get("pgsize").is_some())
+    }
+
     /// Append the payload to `out`.
     ///
     /// # Panics
@@ -195,6 +219,34 @@ mod tests {
         twin_socket: None,
     };
     const V: VersionHeader = VersionHeader { major: 0, minor: 1 };
+
+    #[test]
+    fn test_crates_version_when_compared_is_told_from_other_clients() {
+        let says = |json: &str| {
+            let payload = [&[0, 0, 1, 0], json.as_bytes(), &[0]].concat();
+            VersionData::is_from_vfio_user_crate(&payload)
+        };
+        assert!(says(
+            r#"{"capabilities":{"max_msg_fds":1,"max_data_xfer_size":1048576,"migration":{"pgsize":4096}}}"#
+        ));
+        for other in [
+            // libvfio-user's sample client, and others built on it.
+            r#"{"capabilities":{"max_msg_fds":32,"max_data_xfer_size":1024,"migration":{"pgsize":4096}}}"#,
+            r#"{"capabilities":{"max_msg_fds":8,"max_data_xfer_size":1048576}}"#,
+            // QEMU names more.
+            r#"{"capabilities":{"max_msg_fds":16,"max_data_xfer_size":1048576,"pgsizes":4096,"max_dma_maps":65535,"migration":{"pgsize":4096},"write_multiple":true}}"#,
+            r#"{"capabilities":{"max_msg_fds":1,"max_data_xfer_size":1048576,"migration":{"pgsize":4096},"pgsizes":4096}}"#,
+            r#"{"capabilities":{"max_msg_fds":1,"max_data_xfer_size":1048576,"migration":7}}"#,
+            "{}",
+            "[]",
+            "nonsense",
+            "",
+        ] {
+            assert!(!says(other), "{other}");
+        }
+        assert!(!VersionData::is_from_vfio_user_crate(&[0, 0]));
+        assert!(!VersionData::is_from_vfio_user_crate(&[0, 0, 1, 0]));
+    }
 
     #[test]
     fn test_version_when_data_is_missing_or_empty_gives_defaults() {

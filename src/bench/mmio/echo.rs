@@ -2,6 +2,8 @@
 //! system calls as possible and without looking at them. Laid out like the server: the main thread accepts, a
 //! thread serves.
 
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -10,8 +12,8 @@ use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen,
-    recv, send, socket_with,
+    AddressFamily, RecvAncillaryBuffer, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    accept_with, bind, listen, recv, recvmsg, send, socket_with,
 };
 use serde_json::json;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -32,6 +34,19 @@ pub struct Plan {
     pub every: u32,
     /// Ask for the next message again and again for so long before sleeping.
     pub busy_poll_us: u32,
+    /// How messages are received; see [`Receive`].
+    pub receive: u32,
+}
+
+/// How messages are received.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Receive {
+    /// recv: what a socket costs. Whoever serves vfio-user cannot do it, because file descriptors that come with a
+    /// message are lost.
+    Bytes = 0,
+    /// recvmsg with room for file descriptors: what a socket costs those who need them.
+    WithDescriptors = 1,
 }
 
 /// Longest message.
@@ -79,7 +94,7 @@ fn listen_at(path: &Path) -> Result<OwnedFd> {
 /// Until the other end closes the connection, or says something that is no plan.
 fn serve(socket: &OwnedFd) {
     let mut bytes = [0; size_of::<Plan>()];
-    if !fill(socket, &mut bytes, Duration::ZERO) {
+    if !fill(socket, &mut bytes, Receive::Bytes, Duration::ZERO) {
         return;
     }
     let plan = Plan::read_from_bytes(&bytes).expect("the size of a plan");
@@ -90,7 +105,12 @@ fn serve(socket: &OwnedFd) {
     let busy_poll = Duration::from_micros(plan.busy_poll_us.into());
     let (mut message, reply) = ([0; MAX], [0; MAX]);
     let mut seen = 0;
-    while fill(socket, &mut message[..request], busy_poll) {
+    let receive = match plan.receive {
+        0 => Receive::Bytes,
+        1 => Receive::WithDescriptors,
+        _ => return,
+    };
+    while fill(socket, &mut message[..request], receive, busy_poll) {
         seen += 1;
         if seen == plan.every {
             seen = 0;
@@ -101,7 +121,22 @@ fn serve(socket: &OwnedFd) {
     }
 }
 
-fn fill(socket: &OwnedFd, bytes: &mut [u8], busy_poll: Duration) -> bool {
+/// As many file descriptors as a vfio-user server offers to take in one message.
+const MAX_FDS: usize = 16;
+
+fn receive(socket: &OwnedFd, bytes: &mut [u8], how: Receive, flags: RecvFlags) -> Result<usize, Errno> {
+    match how {
+        Receive::Bytes => recv(socket, bytes, flags).map(|(_, bytes)| bytes),
+        Receive::WithDescriptors => {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let flags = flags | RecvFlags::CMSG_CLOEXEC;
+            recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut control, flags).map(|message| message.bytes)
+        }
+    }
+}
+
+fn fill(socket: &OwnedFd, bytes: &mut [u8], how: Receive, busy_poll: Duration) -> bool {
     let mut filled = 0;
     let mut spin_until = (!busy_poll.is_zero()).then(|| Instant::now() + busy_poll);
     while filled < bytes.len() {
@@ -109,9 +144,9 @@ fn fill(socket: &OwnedFd, bytes: &mut [u8], busy_poll: Duration) -> bool {
             Some(_) => RecvFlags::DONTWAIT,
             None => RecvFlags::empty(),
         };
-        match recv(socket, &mut bytes[filled..], flags) {
-            Ok((_, 0)) => return false,
-            Ok((_, bytes)) => filled += bytes,
+        match receive(socket, &mut bytes[filled..], how, flags) {
+            Ok(0) => return false,
+            Ok(bytes) => filled += bytes,
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => {
                 std::hint::spin_loop();

@@ -27,9 +27,12 @@ use crate::demo::args;
 use crate::latency::Latency;
 use crate::stop::Stop;
 use crate::supervise::{START_LIMIT, Service};
-use echo::Plan;
+use echo::{Plan, Receive};
 use report::{Absent, Case, MmioResult, Row};
 use wire::{Exchange, Place, Wire};
+
+/// The floor as a subject: an echo that receives with room for file descriptors, against one that cannot.
+const ECHO: &str = "recvmsg echo";
 
 /// How long polling ends ask before they sleep. Longer than any answer takes; short enough that the one that
 /// is not being measured soon leaves the processor.
@@ -106,6 +109,7 @@ fn measure(
         let (device, socket) = gru(dir, "gru", Duration::ZERO, stop)?;
         let server = Wire::connect(&socket, false)?;
         server.negotiate()?;
+        bench.descriptors(result)?;
         bench.messages("tlbridge", &server, GRU_PLACE, result)?;
         drop(server);
         result.push(bench.client(&socket)?);
@@ -197,7 +201,14 @@ impl<'a> Bench<'a> {
         })
     }
 
-    fn floor(&self, request: usize, answer: usize, every: u32, polling: bool) -> Result<Wire> {
+    fn floor(
+        &self,
+        request: usize,
+        answer: usize,
+        every: u32,
+        receive: Receive,
+        polling: bool,
+    ) -> Result<Wire> {
         let wire = Wire::connect(&self.socket, polling)?;
         let busy_poll_us = if polling { BUSY_POLL.as_micros() as u32 } else { 0 };
         let plan = Plan {
@@ -205,9 +216,19 @@ impl<'a> Bench<'a> {
             answer: answer as u32,
             every,
             busy_poll_us,
+            receive: receive as u32,
         };
         wire.send(plan.as_bytes())?;
         Ok(wire)
+    }
+
+    /// What room for file descriptors costs: one floor against the other.
+    fn descriptors(&self, result: &mut MmioResult) -> Result<()> {
+        let exchange = wire::read(GRU_PLACE);
+        let (request, answer) = (exchange.request.len(), exchange.answer);
+        let subject = self.floor(request, answer, 1, Receive::WithDescriptors, false)?;
+        result.push(self.round_trips(Case::Read, ECHO, &subject, &exchange, false)?);
+        Ok(())
     }
 
     /// The three cases of one server.
@@ -233,7 +254,13 @@ impl<'a> Bench<'a> {
         exchange: &Exchange,
         polling: bool,
     ) -> Result<Row> {
-        let floor = self.floor(exchange.request.len(), exchange.answer, 1, polling)?;
+        // Polling ends are held against the cheaper one.
+        let receive = if polling || subject == ECHO {
+            Receive::Bytes
+        } else {
+            Receive::WithDescriptors
+        };
+        let floor = self.floor(exchange.request.len(), exchange.answer, 1, receive, polling)?;
         let quiet = if polling { QUIET } else { Duration::ZERO };
         let on = |wire: &Wire, latency: &mut Latency| {
             self.block(latency, quiet, || {
@@ -257,7 +284,13 @@ impl<'a> Bench<'a> {
             .config_write(4, &2u16.to_le_bytes())
             .context("memory space enable")?;
         let exchange = wire::read(GRU_PLACE);
-        let floor = self.floor(exchange.request.len(), exchange.answer, 1, false)?;
+        let floor = self.floor(
+            exchange.request.len(),
+            exchange.answer,
+            1,
+            Receive::WithDescriptors,
+            false,
+        )?;
         let on_floor = |latency: &mut Latency| {
             self.block(latency, Duration::ZERO, || {
                 floor.send(&exchange.request)?;
@@ -336,7 +369,7 @@ impl<'a> Bench<'a> {
     fn posted(&self, subject: &'static str, server: &Wire, place: Place) -> Result<Row> {
         let count = self.amount.posted;
         let (posted, last) = (wire::write(place, true), wire::write(place, false));
-        let floor = self.floor(posted.request.len(), last.answer, count, false)?;
+        let floor = self.floor(posted.request.len(), last.answer, count, Receive::Bytes, false)?;
         let burst = |wire: &Wire| -> Result<u64> {
             ensure!(!self.stop.requested(), "interrupted");
             let start = Instant::now();

@@ -201,6 +201,11 @@ impl MmioResult {
         line(format!(
             "4-byte accesses over vfio-user; floor: a raw socket with the same message sizes, same processor{quick}"
         ));
+        line(
+            "(round trips: an echo that receives with room for file descriptors, as whoever serves vfio-user must; polling, \
+             posted, and the row \"recvmsg echo\": against one that cannot take any)"
+                .into(),
+        );
         line(format!(
             "{:<14}{:<28}{:>11}{:>11}{:>11}{:>11}   {:<20}",
             "server", "case", "floor p50", "floor p99", "p50", "p99", "ratio [95%]"

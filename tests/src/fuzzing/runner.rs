@@ -8,9 +8,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use arbitrary::{Arbitrary, Unstructured};
+use device::faults::BreakPlan;
 
 use super::actions::Session;
 use super::codec;
+use super::gru::GruUnderTest;
+use super::gru_actions::Sequence;
 use super::live::{Live, Violation};
 
 /// When to stop.
@@ -94,6 +97,28 @@ pub fn sessions(run: &Run) -> Result<Statistics, Violation> {
         live.finish()?;
     }
     Ok(statistics)
+}
+
+/// Sequences of BAR accesses to a GRU.
+///
+/// # Errors
+/// When no device can be started at all.
+pub fn gru(run: &Run) -> Result<Statistics, Violation> {
+    let mut device = Some(GruUnderTest::start(BreakPlan::default())?);
+    Ok(drive("gru", run, 2048, |input| {
+        let Ok(sequence) = Sequence::arbitrary(&mut Unstructured::new(input)) else {
+            return Ok(BTreeSet::new());
+        };
+        let under_test = match &mut device {
+            Some(device) => device,
+            none => none.insert(GruUnderTest::start(BreakPlan::default())?),
+        };
+        let result = under_test.run(&sequence);
+        if result.is_err() {
+            device = None;
+        }
+        result
+    }))
 }
 
 /// Any bytes through the codecs.

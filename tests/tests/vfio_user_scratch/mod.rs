@@ -37,16 +37,45 @@ pub const WAIT: u64 = 0x120;
 pub const BELL: u64 = 0x200;
 /// As [`FETCH`] into register 3, by a thread of the device; vector 1 is raised when it is done.
 pub const ASK: u64 = 0x128;
+/// As [`STORE`] of register 1, by a thread of the device; then register 4 is 1 when that worked, else 2, and
+/// vector 2 is raised.
+pub const TELL: u64 = 0x130;
 pub const PAGE: u64 = 0x1000;
 pub const BAR0_SIZE: u64 = 0x10000;
 pub const BAR2_SIZE: u64 = 0x10_0000;
-pub const VECTORS: u16 = 40;
+pub const VECTORS: u16 = 140;
 pub const MSIX: MsixSpec = MsixSpec {
     vectors: VECTORS,
     bar: 0,
     table_offset: 0x8000,
     pba_offset: 0x9000,
 };
+
+/// Where a [`Scratch`] has MSI-X.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Msix {
+    /// Nowhere.
+    None,
+    /// As [`MSIX`] says: in BAR 0, beside a mappable page.
+    Shared,
+    /// In BAR 4, which has this size and nothing else.
+    OwnBar(u64),
+}
+
+impl Msix {
+    fn spec(self) -> Option<MsixSpec> {
+        match self {
+            Self::None => None,
+            Self::Shared => Some(MSIX),
+            Self::OwnBar(size) => Some(MsixSpec {
+                vectors: VECTORS,
+                bar: 4,
+                table_offset: 0,
+                pba_offset: size - 0x400,
+            }),
+        }
+    }
+}
 
 /// A few registers, a mappable page in BAR0, a wholly mappable BAR2.
 #[derive(Debug)]
@@ -57,7 +86,7 @@ pub struct Scratch {
     pub bell: OwnedFd,
     pub barrier: Arc<Barrier>,
     state: Arc<Mutex<State>>,
-    with_msix: bool,
+    msix: Msix,
 }
 
 #[derive(Debug, Default)]
@@ -75,10 +104,10 @@ pub fn memfd(size: u64) -> OwnedFd {
 
 impl Scratch {
     pub fn new(context: ModelContext) -> Arc<Self> {
-        Self::build(context, true)
+        Self::build(context, Msix::Shared)
     }
 
-    pub fn build(context: ModelContext, with_msix: bool) -> Arc<Self> {
+    pub fn build(context: ModelContext, msix: Msix) -> Arc<Self> {
         Arc::new(Self {
             context,
             page: memfd(BAR0_SIZE),
@@ -86,7 +115,7 @@ impl Scratch {
             bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap(),
             barrier: Arc::new(Barrier::new(2)),
             state: Arc::default(),
-            with_msix,
+            msix,
         })
     }
 
@@ -127,7 +156,17 @@ impl Model for Scratch {
             fd: self.memory.try_clone().unwrap(),
             areas: vec![(0, BAR2_SIZE)],
         };
-        vec![
+        let own = match self.msix {
+            Msix::OwnBar(size) => Some(BarSpec {
+                index: 4,
+                size,
+                is_64bit: false,
+                prefetchable: false,
+                mmap: None,
+            }),
+            _ => None,
+        };
+        let mut bars = vec![
             BarSpec {
                 index: 0,
                 size: BAR0_SIZE,
@@ -142,11 +181,13 @@ impl Model for Scratch {
                 prefetchable: true,
                 mmap: Some(memory),
             },
-        ]
+        ];
+        bars.extend(own);
+        bars
     }
 
     fn msix(&self) -> Option<MsixSpec> {
-        self.with_msix.then_some(MSIX)
+        self.msix.spec()
     }
 
     fn bar_read(&self, bar: usize, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
@@ -208,6 +249,15 @@ impl Model for Scratch {
                     state.lock().unwrap().registers[3] =
                         read.map_or(u64::MAX, |()| u64::from_le_bytes(bytes));
                     context.interrupts.trigger(1);
+                });
+            }
+            TELL => {
+                let (context, shared) = (self.context.clone(), Arc::clone(&self.state));
+                let bytes = state.registers[1].to_le_bytes();
+                std::thread::spawn(move || {
+                    let stored = context.dma.store(value, &bytes).is_ok();
+                    shared.lock().unwrap().registers[4] = if stored { 1 } else { 2 };
+                    context.interrupts.trigger(2);
                 });
             }
             _ if offset.is_multiple_of(8) && offset / 8 < REGISTERS => {
