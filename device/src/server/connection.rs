@@ -1,6 +1,6 @@
 //! One client: read a message, answer it.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -118,6 +118,8 @@ impl<'f> Connection<'f> {
         }
     }
 
+    /// Inlined, as what it calls for every message: see [`super::frame`].
+    #[inline(always)]
     fn one_message(&mut self) -> Result<(), Ended> {
         let timeout = self.session.options.client_timeout;
         if let Some(events) = &mut self.session.mask_events {
@@ -175,12 +177,7 @@ impl<'f> Connection<'f> {
                 let message = self.reply.finish(&header);
                 match fds {
                     ReplyFds::None => self.out.send(message, &[])?,
-                    ReplyFds::Region(fd) => self.out.send(message, &[fd])?,
-                    ReplyFds::Twin(fd) => self.out.send(message, &[fd.as_fd()])?,
-                    ReplyFds::Io(list) => {
-                        let fds: Vec<_> = list.iter().map(|io| io.fd.as_fd()).collect();
-                        self.out.send(message, &fds)?;
-                    }
+                    fds => fds.send_with(&self.out, message)?,
                 }
                 if self.requests.is_none() && self.session.negotiated.is_some() {
                     self.start_requests()?;

@@ -13,8 +13,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::ErrorReplies;
 use super::connection::Session;
-use super::frame::{Fds, MAX_FDS};
+use super::frame::{Ended, Fds, MAX_FDS};
 use super::mask_events::MAX_MASK_EVENTS;
+use super::requests::Outgoing;
 use crate::dma::{DmaError, MAX_MAPPINGS, Prot};
 use crate::model::IoEventFd;
 use crate::pci::RegionError;
@@ -99,6 +100,21 @@ pub(super) enum ReplyFds<'f> {
     Region(BorrowedFd<'f>),
     Io(Vec<IoEventFd>),
     Twin(OwnedFd),
+}
+
+impl ReplyFds<'_> {
+    /// Sends the reply that they go with.
+    pub(super) fn send_with(&self, out: &Outgoing, message: &[u8]) -> Result<(), Ended> {
+        match self {
+            Self::None => out.send(message, &[]),
+            Self::Region(fd) => out.send(message, &[*fd]),
+            Self::Twin(fd) => out.send(message, &[fd.as_fd()]),
+            Self::Io(list) => {
+                let fds: Vec<_> = list.iter().map(|io| io.fd.as_fd()).collect();
+                out.send(message, &fds)
+            }
+        }
+    }
 }
 
 /// A reply, in a buffer that is used again: room for the header, then the payload.

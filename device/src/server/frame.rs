@@ -3,6 +3,10 @@
 //! A read takes as many bytes as the next message is likely to have, so that most messages cost one system
 //! call. It may run into the message after that, which raises the question of whose the file descriptors
 //! are: see [`Receiver`].
+//!
+//! What runs for every message is inlined into the connection's loop, system calls included. The kernel leaves
+//! nothing of the processor's return predictions, so each function that returns after a system call it made costs
+//! about half a microsecond (measured on Zen 4 with Safe RET: 6% of a round trip).
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -154,6 +158,7 @@ impl Receiver {
 
     /// The next message's header; `fds` become the file descriptors that have come with the message so far.
     /// Waits for ever for the first byte; `timeout` is for the rest.
+    #[inline(always)]
     pub(super) fn next(
         &mut self,
         socket: &OwnedFd,
@@ -187,6 +192,7 @@ impl Receiver {
     }
 
     /// The body of the message whose header has been returned, `len` bytes as that header says.
+    #[inline(always)]
     pub(super) fn body(
         &mut self,
         socket: &OwnedFd,
@@ -195,9 +201,8 @@ impl Receiver {
         timeout: Duration,
     ) -> Result<&[u8], Ended> {
         let end = Header::SIZE + len;
-        while self.filled < end {
-            // To the message's end and no further.
-            self.read(socket, end, fds, timeout, "send the rest of a message")?;
+        if self.filled < end {
+            self.rest(socket, end, fds, timeout)?;
         }
         Ok(&self.buffer[self.start..][Header::SIZE..end])
     }
@@ -213,7 +218,17 @@ impl Receiver {
         Header::read_from_bytes(bytes).expect("16 bytes are a header")
     }
 
+    /// Read to the message's end and no further.
+    #[inline(never)]
+    fn rest(&mut self, socket: &OwnedFd, end: usize, fds: &mut Fds, timeout: Duration) -> Result<(), Ended> {
+        while self.filled < end {
+            self.read(socket, end, fds, timeout, "send the rest of a message")?;
+        }
+        Ok(())
+    }
+
     /// Read once, up to `until` bytes from `start` on.
+    #[inline(always)]
     fn read(
         &mut self,
         socket: &OwnedFd,
@@ -290,18 +305,11 @@ impl Receiver {
 }
 
 /// Send a message, and `fds` with its first byte.
+#[inline(always)]
 pub(super) fn send_message(socket: &OwnedFd, message: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Ended> {
     let mut sent = 0;
     if !fds.is_empty() {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        assert!(
-            control.push(SendAncillaryMessage::ScmRights(fds)),
-            "a reply carries at most {MAX_FDS} fds"
-        );
-        let all = [IoSlice::new(message)];
-        let result = retry_on_intr(|| sendmsg(socket, &all, &mut control, SendFlags::NOSIGNAL));
-        sent = result.map_err(send_error)?;
+        sent = send_with_fds(socket, message, fds)?;
     }
     while sent < message.len() {
         sent += retry_on_intr(|| send(socket, &message[sent..], SendFlags::NOSIGNAL)).map_err(send_error)?;
@@ -309,6 +317,21 @@ pub(super) fn send_message(socket: &OwnedFd, message: &[u8], fds: &[BorrowedFd<'
     Ok(())
 }
 
+/// Send the beginning of a message, with its file descriptors. Returns the bytes sent.
+#[inline(never)]
+fn send_with_fds(socket: &OwnedFd, message: &[u8], fds: &[BorrowedFd<'_>]) -> Result<usize, Ended> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(
+        control.push(SendAncillaryMessage::ScmRights(fds)),
+        "a reply carries at most {MAX_FDS} fds"
+    );
+    let all = [IoSlice::new(message)];
+    let result = retry_on_intr(|| sendmsg(socket, &all, &mut control, SendFlags::NOSIGNAL));
+    result.map_err(send_error)
+}
+
+#[cold]
 fn send_error(errno: Errno) -> Ended {
     match errno {
         // SO_SNDTIMEO.

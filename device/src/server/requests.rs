@@ -59,6 +59,7 @@ impl Outgoing {
     }
 
     /// Send a message, and `fds` with its first byte.
+    #[inline(always)]
     pub(super) fn send(&self, message: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Ended> {
         let _whole = self.lock();
         frame::send_message(&self.socket, message, fds)

@@ -20,7 +20,7 @@ use driver::vfio_user::VfioUserClient;
 use rustix::thread::CpuSet;
 use zerocopy::IntoBytes;
 
-use super::placement::{Unpin, pin};
+use super::placement::{Unpin, pin, wait_for_ones_turn};
 use super::statistics::{Block, bootstrap, paired, quantile};
 use crate::cli::MmioArgs;
 use crate::demo::args;
@@ -87,6 +87,7 @@ pub fn run(args: &MmioArgs, out: &mut impl Write) -> Result<()> {
     let start = Instant::now();
     let mut result = MmioResult::new(args.quick, args.seed);
     let unpin = Unpin::later()?;
+    wait_for_ones_turn()?;
     measure(args, dir.path(), unpin.allowed(), &stop, &mut result)?;
     drop(unpin);
     result.elapsed_ms = start.elapsed().as_millis() as u64;
