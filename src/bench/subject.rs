@@ -169,9 +169,12 @@ impl Subject<'_> {
             switches += s1 + s2;
             let last = self.floor(size)?;
             if let Some(wake) = &mut wake {
-                // In the same state as the subject: everybody has slept for so long.
+                // In the same state as the subject: everybody was at work, and has slept for so long since.
+                wake.echo()?;
+                wake.wake()?;
                 std::thread::sleep(PARKED);
                 echoes.push(wake.echo()?);
+                wake.wake()?;
                 std::thread::sleep(PARKED);
                 wakes.push(wake.wake()?);
             }

@@ -6,9 +6,10 @@
 
 use super::*;
 use protos::gru::cb::XType;
+use std::sync::MutexGuard;
 use std::sync::atomic::AtomicBool;
 
-/// Processors that send messages. `exclusive`: read and write of a locked operation stand together.
+/// Processors that send messages. `exclusive`: between read and write of a locked operation comes no other access.
 struct Bus<'a> {
     rig: &'a Rig,
     exclusive: Option<Mutex<()>>,
@@ -20,7 +21,21 @@ impl<'a> Bus<'a> {
         Self { rig, exclusive }
     }
 
+    fn turn(&self) -> Option<MutexGuard<'_, ()>> {
+        self.exclusive.as_ref().map(|lock| lock.lock().unwrap())
+    }
+
     fn read(&self, at: u64, width: usize) -> u64 {
+        let _turn = self.turn();
+        self.read_now(at, width)
+    }
+
+    fn write(&self, at: u64, width: usize, value: u64) {
+        let _turn = self.turn();
+        self.write_now(at, width, value);
+    }
+
+    fn read_now(&self, at: u64, width: usize) -> u64 {
         let mut bytes = [0; 8];
         self.rig
             .gru
@@ -29,7 +44,7 @@ impl<'a> Bus<'a> {
         u64::from_le_bytes(bytes)
     }
 
-    fn write(&self, at: u64, width: usize, value: u64) {
+    fn write_now(&self, at: u64, width: usize, value: u64) {
         self.rig
             .gru
             .bar_write(pci::BAR_CHIPLETS, at, &value.to_le_bytes()[..width])
@@ -38,9 +53,9 @@ impl<'a> Bus<'a> {
 
     /// A locked operation; what was read.
     fn locked(&self, at: u64, width: usize, change: impl FnOnce(u64) -> u64) -> u64 {
-        let _others = self.exclusive.as_ref().map(|lock| lock.lock().unwrap());
-        let old = self.read(at, width);
-        self.write(at, width, change(old));
+        let _turn = self.turn();
+        let old = self.read_now(at, width);
+        self.write_now(at, width, change(old));
         old
     }
 
