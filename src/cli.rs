@@ -286,7 +286,8 @@ Examples:
   tlbridge vm --model gru                                     a shell; the driver is loaded
   tlbridge vm --model gru -- ls /proc/sgi_uv/gru
   tlbridge vm --model gru --program ./mytest -- mytest --all
-  tlbridge vm --model gru --kernel bzImage --module tlbridge_uv.ko --module gru.ko -- dmesg")]
+  tlbridge vm --model gru --kernel bzImage --module tlbridge_uv.ko --module gru.ko -- dmesg
+  tlbridge vm --model gru --gdb                               then gdb: target remote 127.0.0.1:1234")]
 pub struct VmArgs {
     /// Which device to start and attach.
     #[arg(long, value_enum, required_unless_present = "device")]
@@ -333,6 +334,17 @@ pub struct VmArgs {
     /// An argument for QEMU (repeatable), as in --qemu-arg=-s.
     #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
     pub qemu_arg: Vec<std::ffi::OsString>,
+    /// Let a debugger attach to the guest's kernel: gdb's `target remote 127.0.0.1:PORT` (default: 1234). The
+    /// kernel is where its symbols say then (nokaslr).
+    #[arg(long, value_name = "PORT", num_args = 0..=1, default_missing_value = "1234",
+          value_parser = clap::value_parser!(u16).range(1..))]
+    pub gdb: Option<u16>,
+    /// Wait before the kernel's first instruction until the debugger says `continue`.
+    #[arg(long, requires = "gdb")]
+    pub gdb_wait: bool,
+    /// Say at the end, on stderr, what the device has counted.
+    #[arg(long, requires = "model")]
+    pub device_stats: bool,
     /// Go on after an oops of the guest's kernel.
     #[arg(long)]
     pub survive_oops: bool,
@@ -691,6 +703,22 @@ mod tests {
         };
         assert_eq!(vm.command, ["ls", "-l"]);
         assert_eq!(vm.device_arg, ["--engines=4"]);
+        assert_eq!(vm.gdb, None);
+    }
+
+    #[test]
+    fn test_gdb_when_given_has_a_port_or_the_usual_one() {
+        let gdb = |rest: &[&str]| {
+            let words = [&["tlbridge", "vm", "--model", "gru"], rest].concat();
+            Cli::try_parse_from(words).map(|cli| match cli.command {
+                Some(Command::Vm(vm)) => vm.gdb,
+                other => panic!("{other:?}"),
+            })
+        };
+        assert_eq!(gdb(&["--gdb", "--gdb-wait", "--", "ls"]).unwrap(), Some(1234));
+        assert_eq!(gdb(&["--gdb", "4000"]).unwrap(), Some(4000));
+        assert!(gdb(&["--gdb", "0"]).is_err());
+        assert!(gdb(&["--gdb-wait"]).is_err());
     }
 
     #[test]

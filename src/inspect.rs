@@ -95,7 +95,7 @@ fn ask(path: &Path, request: &Request) -> Result<Reply> {
 }
 
 /// Indented text; numbers aligned by nothing but their names, so that grep finds them.
-fn print_text(value: &Value, indent: usize, out: &mut impl Write) -> Result<()> {
+pub fn print_text(value: &Value, indent: usize, out: &mut impl Write) -> Result<()> {
     let Value::Object(object) = value else {
         writeln!(out, "{:indent$}{value}", "")?;
         return Ok(());

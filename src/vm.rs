@@ -12,9 +12,11 @@ use lab::Lab;
 use lab::guest::{Failure, Guest, Spec};
 use lab::initramfs::Initramfs;
 use lab::kernel::{Kernel, Series};
+use serde_json::json;
 
 use crate::cli::{ModelName, VmArgs};
-use crate::demo::{args, name};
+use crate::demo::{ANSWER_LIMIT, args, name};
+use crate::inspect::print_text;
 use crate::stop::Stop;
 use crate::supervise::{START_LIMIT, Service};
 
@@ -81,6 +83,9 @@ fn run_until(args: &VmArgs, stop: &Stop) -> Result<u8> {
     spec.append = args.append.clone();
     spec.qemu_arguments = args.qemu_arg.clone();
     spec.panic_on_oops = !args.survive_oops;
+    if let Some(port) = args.gdb {
+        debuggable(&mut spec, port, args.gdb_wait);
+    }
 
     // Mode 0700: nobody else reaches the socket.
     let directory = tempfile::Builder::new()
@@ -100,6 +105,12 @@ fn run_until(args: &VmArgs, stop: &Stop) -> Result<u8> {
     spec.devices.extend(args.device.iter().cloned());
 
     let result = guest(args, &spec, command.as_deref(), stop);
+    if args.device_stats
+        && let Some(device) = &mut device
+        && let Err(error) = say_stats(device)
+    {
+        eprintln!("tlbridge: the device's statistics: {error:#}");
+    }
     let device_end = match device.as_mut().and_then(Service::ended) {
         // It was needed to the end.
         Some(early) => Err(anyhow::anyhow!(early)),
@@ -120,6 +131,30 @@ fn run_until(args: &VmArgs, stop: &Stop) -> Result<u8> {
         let _ = std::fs::remove_file(&log);
     }
     Ok(code)
+}
+
+/// A guest that a debugger on this machine can attach to.
+fn debuggable(spec: &mut Spec, port: u16, wait: bool) {
+    spec.qemu_arguments
+        .extend(args!["-gdb", format!("tcp:127.0.0.1:{port}")]);
+    if wait {
+        spec.qemu_arguments.push("-S".into());
+        eprintln!("tlbridge: the guest waits for gdb: target remote 127.0.0.1:{port}, then continue");
+    }
+    spec.append.push_str(" nokaslr");
+    // Whoever looks at it has stopped it.
+    spec.boot_limit = Some(Duration::from_secs(24 * 3600));
+}
+
+/// What the device has counted, whatever became of the guest.
+fn say_stats(device: &mut Service) -> Result<()> {
+    device.ask("stats")?;
+    let dump = device.expect("stats", ANSWER_LIMIT, &Stop::new()?)?;
+    print_text(
+        &json!({ "device": dump["stats"] }),
+        0,
+        &mut std::io::stderr().lock(),
+    )
 }
 
 /// The guest's life: exit code and what its kernel complained of.

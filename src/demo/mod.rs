@@ -24,7 +24,7 @@ use progress::Progress;
 pub use result::DemoResult;
 
 /// Time that an answer to a question may take.
-const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 /// Runs the demo and prints its result. Returns whether everything was right.
 ///

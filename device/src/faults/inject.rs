@@ -110,8 +110,11 @@ impl Injector {
     #[inline]
     pub(crate) fn strikes(&self, kind: Injection) -> Option<u64> {
         let pick = self.pick[kind as usize].as_ref()?;
-        pick.picks()
-            .then(|| self.injected[kind as usize].fetch_add(1, Ordering::Relaxed))
+        pick.picks().then(|| {
+            let before = self.injected[kind as usize].fetch_add(1, Ordering::Relaxed);
+            tracing::debug!(fault = kind.word(), number = before + 1, "injected");
+            before
+        })
     }
 
     /// All of them together.
