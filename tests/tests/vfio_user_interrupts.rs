@@ -190,6 +190,44 @@ fn test_mask_eventfd_when_it_comes_signalled_or_stands_for_several_acts_on_all()
     assert_eq!(counts(&fds), [0; 3]);
 }
 
+/// The look may run in the middle of the client's write.
+#[test]
+fn test_mask_eventfd_when_signalled_while_the_server_looks_acts_on_all() {
+    const VECTORS: u32 = 32;
+    let rig = Rig::start();
+    let mut client = Client::connect(&rig);
+    let fds = events(VECTORS as usize);
+    let one = event(EventfdFlags::empty());
+    for start in (0..VECTORS).step_by(16) {
+        client.set_fds(set(EVENTFD | TRIGGER, start, 16), &fds[start as usize..][..16]);
+        let same: Vec<_> = (0..16).map(|_| one.try_clone().unwrap()).collect();
+        client.set_fds(set(EVENTFD | MASK, start, 16), &same);
+    }
+    let (go, ask) = std::sync::mpsc::channel();
+    let (signalled, done) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let one = &one;
+        scope.spawn(move || {
+            while ask.recv().is_ok() {
+                add(one, 1);
+                signalled.send(()).unwrap();
+            }
+        });
+        for round in 0..2000 {
+            go.send(()).unwrap();
+            // Each message is a look.
+            while done.try_recv().is_err() {
+                client.set(set(NONE | TRIGGER, VECTORS, 1), &[]);
+            }
+            client.set(set(NONE | TRIGGER, 0, VECTORS), &[]);
+            assert_eq!(counts(&fds), [0; VECTORS as usize], "round {round}");
+            client.set(set(NONE | UNMASK, 0, VECTORS), &[]);
+            counts(&fds);
+        }
+        drop(go);
+    });
+}
+
 #[test]
 fn test_mask_eventfd_when_taken_away_or_replaced_does_nothing_more() {
     let rig = Rig::start();
@@ -208,6 +246,18 @@ fn test_mask_eventfd_when_taken_away_or_replaced_does_nothing_more() {
     client.raise([0]);
     assert_eq!(counts(&fds), [0; 3]);
     client.set(set(NONE | UNMASK, 0, 3), &[]);
+    // Two change places, and one is replaced by itself.
+    let pair = |a: usize, b: usize| [&others[a], &others[b]].map(|fd| fd.try_clone().unwrap());
+    for fds in [pair(0, 1), pair(1, 0), pair(1, 0)] {
+        client.set_fds(set(EVENTFD | MASK, 0, 2), &fds);
+    }
+    add(&others[1], 1);
+    counts(&fds);
+    client.raise(0..2);
+    assert_eq!(counts(&fds), [0, 1, 0], "vector 0 has the second one now");
+    client.set(set(NONE | UNMASK, 0, 3), &[]);
+    client.set_fds(set(EVENTFD | MASK, 0, 1), &others[..1]);
+    client.set(set(EVENTFD | MASK, 1, 1), &[]);
     counts(&fds);
     // A reset of the device keeps them, like those that it triggers.
     client.raw.send(5, Command::DEVICE_RESET, &[]);

@@ -5,14 +5,21 @@
 //! signalled before a message was sent is done before that message is. A client that stops in the middle of
 //! a message delays its own eventfds only. While there are any, the thread does not busy-poll.
 //!
+//! Eventfds have no order among each other: what is signalled several times between two looks is done once, in the
+//! order of the first signals. Who masks and unmasks by turns has to send a message in between. (The kernel's VFIO
+//! acts inside the client's write, and so on each.)
+//!
+//! One eventfd may stand for several interrupts. It is watched once: a look that ran while the client's write was still
+//! telling one watch after the other would drain it, and the rest of the watches would find nothing.
+//!
 //! As with the kernel's VFIO they stay until they are replaced, taken away (no file descriptor), all interrupts
 //! are switched off (DATA_NONE, ACTION_TRIGGER, count 0) or the client goes; DEVICE_RESET keeps them, like
 //! those to be triggered.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::IoSliceMut;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use protos::vfio_user::IrqAction;
 use rustix::buffer::spare_capacity;
@@ -31,19 +38,32 @@ pub(super) const MAX_MASK_EVENTS: usize = 256;
 /// Interrupt, and whether it is unmasked (else masked).
 type Key = (u32, bool);
 
+/// An eventfd, and all that it stands for.
+struct Watched {
+    fd: OwnedFd,
+    keys: BTreeSet<Key>,
+}
+
 /// What one client has registered.
 pub(super) struct MaskEvents {
     epoll: OwnedFd,
-    watched: BTreeMap<Key, OwnedFd>,
+    /// By what tells eventfds apart.
+    eventfds: BTreeMap<u64, Watched>,
+    /// The eventfd of each.
+    watched: BTreeMap<Key, u64>,
     ready: Vec<Event>,
+    /// Eventfds that the kernel could not tell apart from others.
+    nameless: u64,
 }
 
 impl MaskEvents {
     fn new() -> Result<Self, Refusal> {
         Ok(Self {
             epoll: epoll::create(CreateFlags::CLOEXEC).map_err(Refusal::MaskEvent)?,
+            eventfds: BTreeMap::new(),
             watched: BTreeMap::new(),
             ready: Vec::new(),
+            nameless: 0,
         })
     }
 
@@ -84,35 +104,65 @@ impl MaskEvents {
     }
 
     fn add(&mut self, vectors: Range<u32>, unmask: bool, fds: &mut Fds) -> Result<(), Refusal> {
-        let mut added: Vec<(Key, OwnedFd)> = Vec::new();
-        for (index, vector) in vectors.enumerate() {
-            let key = (vector, unmask);
+        let mut of_vectors = Vec::new();
+        for (index, _) in vectors.clone().enumerate() {
             let fd = fds.take(index).expect("as many file descriptors as interrupts");
+            let id = eventfd_id(&fd).unwrap_or_else(|| {
+                self.nameless += 1;
+                1 << 63 | self.nameless
+            });
+            of_vectors.push(id);
+            if self.eventfds.contains_key(&id) {
+                continue;
+            }
             // Edge-triggered: one signal is one event, whatever count the client leaves in it.
             let flags = EventFlags::IN | EventFlags::ET;
-            if let Err(errno) = epoll::add(&self.epoll, &fd, encode(key), flags) {
-                for (_, fd) in &added {
-                    let _ = epoll::delete(&self.epoll, fd);
-                }
+            if let Err(errno) = epoll::add(&self.epoll, &fd, EventData::new_u64(id), flags) {
+                self.forget_unused();
                 return Err(Refusal::MaskEvent(errno));
             }
-            added.push((key, fd));
+            let keys = BTreeSet::new();
+            self.eventfds.insert(id, Watched { fd, keys });
         }
-        for (key, fd) in added {
-            if let Some(old) = self.watched.insert(key, fd) {
-                let _ = epoll::delete(&self.epoll, &old);
-            }
+        for (vector, id) in vectors.zip(of_vectors) {
+            let key = (vector, unmask);
+            self.release(key);
+            self.watched.insert(key, id);
+            let watched = self.eventfds.get_mut(&id);
+            watched.expect("nothing was forgotten yet").keys.insert(key);
         }
+        self.forget_unused();
         Ok(())
     }
 
     fn take_away(&mut self, vectors: Range<u32>, unmask: bool) {
         for vector in vectors {
-            if let Some(old) = self.watched.remove(&(vector, unmask)) {
-                // Closing is not enough: the client has the same eventfd open, and events go on coming.
-                let _ = epoll::delete(&self.epoll, &old);
-            }
+            self.release((vector, unmask));
         }
+        self.forget_unused();
+    }
+
+    /// The key has no eventfd any more.
+    fn release(&mut self, key: Key) {
+        if let Some(watched) = self
+            .watched
+            .remove(&key)
+            .and_then(|id| self.eventfds.get_mut(&id))
+        {
+            watched.keys.remove(&key);
+        }
+    }
+
+    fn forget_unused(&mut self) {
+        let epoll = &self.epoll;
+        self.eventfds.retain(|_, watched| {
+            let used = !watched.keys.is_empty();
+            if !used {
+                // Closing is not enough: the client has the same eventfd open, and events go on coming.
+                let _ = epoll::delete(epoll, &watched.fd);
+            }
+            used
+        });
     }
 
     /// Do what is signalled, and wait for `socket` unless a message has begun to arrive (`buffered`).
@@ -145,34 +195,32 @@ impl MaskEvents {
 
     fn apply(&mut self, interrupts: &Interrupts) {
         self.ready.clear();
-        // Room for all: an eventfd that stands for several interrupts is ready for none of them once it is
-        // drained.
-        self.ready.reserve(self.watched.len());
+        self.ready.reserve(self.eventfds.len());
         let at_once = Timespec::default();
         if epoll::wait(&self.epoll, spare_capacity(&mut self.ready), Some(&at_once)).is_err() {
             // INTR: looked at again before the next message.
             return;
         }
-        let keys = self.ready.iter().map(|event| decode(event.data));
-        for fd in keys.clone().filter_map(|key| self.watched.get(&key)) {
-            drain(fd);
-        }
-        for (vector, unmask) in keys {
-            match unmask {
-                true => interrupts.unmask(vector),
-                false => interrupts.mask(vector),
+        for event in &self.ready {
+            let Some(watched) = self.eventfds.get(&event.data.u64()) else {
+                continue;
+            };
+            drain(&watched.fd);
+            for &(vector, unmask) in &watched.keys {
+                match unmask {
+                    true => interrupts.unmask(vector),
+                    false => interrupts.mask(vector),
+                }
             }
         }
     }
 }
 
-fn encode((vector, unmask): Key) -> EventData {
-    EventData::new_u64(u64::from(unmask) << 32 | u64::from(vector))
-}
-
-fn decode(data: EventData) -> Key {
-    let data = data.u64();
-    (data as u32, data >> 32 != 0)
+/// The kernel's name of an eventfd: the same for all descriptors of it (`eventfd-id` in fdinfo, Linux 5.2).
+fn eventfd_id(fd: &OwnedFd) -> Option<u64> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("eventfd-id:"))?;
+    line.trim().parse().ok()
 }
 
 /// Take the count, as the kernel's VFIO does. Without ever waiting: the client can have taken it itself.
