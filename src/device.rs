@@ -1,5 +1,7 @@
 //! `tlbridge device`: one device, served on a socket.
 
+use std::ffi::OsString;
+use std::path::Path;
 use std::sync::Arc;
 
 use ::device::faults::{BreakPlan, FaultPlan};
@@ -11,8 +13,35 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use crate::cli::{DeviceArgs, DeviceFault, Doorbell, ErrorReplyLength, ModelName};
+use crate::demo::{args, name};
 use crate::stop::{self, Stop};
-use crate::supervise::Leftovers;
+use crate::supervise::{Leftovers, START_LIMIT, Service};
+
+/// Starts `tlbridge device` as a child and waits until it serves. `more`: what goes beyond model and socket.
+///
+/// # Errors
+/// It does not come up.
+pub fn start(
+    model: ModelName,
+    dir: &Path,
+    socket: &Path,
+    more: impl IntoIterator<Item = OsString>,
+    stop: &Stop,
+) -> Result<Service> {
+    let mut list = args![
+        "device",
+        "--model",
+        name(model),
+        "--socket",
+        socket,
+        "--private-dir",
+        dir
+    ];
+    list.extend(more);
+    let mut device = Service::start("device", list)?;
+    device.expect("ready", START_LIMIT, stop)?;
+    Ok(device)
+}
 
 /// Serves until told to end.
 ///

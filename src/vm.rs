@@ -18,7 +18,7 @@ use crate::cli::{ModelName, VmArgs};
 use crate::demo::{ANSWER_LIMIT, args, name};
 use crate::inspect::print_text;
 use crate::stop::Stop;
-use crate::supervise::{START_LIMIT, Service};
+use crate::supervise::Service;
 
 /// As of `timeout`.
 const TIMED_OUT: u8 = 124;
@@ -96,8 +96,7 @@ fn run_until(args: &VmArgs, stop: &Stop) -> Result<u8> {
         None => None,
         Some(model) => {
             let socket = directory.path().join("device.sock");
-            let mut device = Service::start("device", device_args(args, model, directory.path(), &socket))?;
-            device.expect("ready", START_LIMIT, stop)?;
+            let device = crate::device::start(model, directory.path(), &socket, device_args(args), stop)?;
             spec.devices.push(socket);
             Some(device)
         }
@@ -230,16 +229,8 @@ fn pack(args: &VmArgs, lab: &Lab, kernel: &Kernel) -> Result<(Initramfs, Option<
     Ok((files, (!command.is_empty()).then(|| command.join(" "))))
 }
 
-fn device_args(args: &VmArgs, model: ModelName, dir: &Path, socket: &Path) -> Vec<OsString> {
-    let mut all = args![
-        "device",
-        "--model",
-        name(model),
-        "--socket",
-        socket,
-        "--private-dir",
-        dir
-    ];
+fn device_args(args: &VmArgs) -> Vec<OsString> {
+    let mut all = Vec::new();
     if let Some(doorbell) = args.doorbell {
         all.extend(args!["--doorbell", name(doorbell)]);
     }

@@ -15,6 +15,7 @@ pub mod guest;
 pub mod initramfs;
 pub mod kernel;
 pub mod modules;
+pub mod packages;
 mod place;
 mod programs;
 pub mod qemu;

@@ -7,8 +7,9 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::Lab;
+use crate::packages::on_path;
 use crate::place::write_whole;
-use crate::tree::{BACKPORTS, Tree, on_path};
+use crate::tree::{BACKPORTS, Tree};
 
 /// The device that a usable QEMU lists in `-device help`.
 const DEVICE: &str = "vfio-user-pci";

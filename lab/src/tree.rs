@@ -12,6 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::archive;
+use crate::packages::{self, on_path};
 use crate::place::{Held, Lab, clear, is_root, say, write_whole};
 
 const SUITE: &str = "trixie";
@@ -318,33 +319,7 @@ fn need_debootstrap() -> Result<()> {
     let how = format!("install {}", packages.join(" and "));
     ensure!(on_path("apt-get"), "debootstrap or {KEYRING} is missing: {how}");
     say(&format!("apt-get install {}", packages.join(" ")));
-    let update: &[&str] = &["update", "-q"];
-    let install: &[&str] = &[
-        "install",
-        "-qy",
-        "--no-install-recommends",
-        packages[0],
-        packages[1],
-    ];
-    for arguments in [update, install] {
-        let status = Command::new("apt-get")
-            .args(arguments)
-            .env("DEBIAN_FRONTEND", "noninteractive")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .status();
-        ensure!(
-            status.is_ok_and(|s| s.success()),
-            "apt-get {} failed: {how}",
-            arguments[0]
-        );
-    }
+    packages::install(&packages).with_context(|| how.clone())?;
     ensure!(there(), "debootstrap or {KEYRING} is still missing: {how}");
     Ok(())
-}
-
-/// Whether an executable of that name is on PATH.
-pub(crate) fn on_path(program: &str) -> bool {
-    std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|dir| Path::new(&dir).join(program).is_file()))
 }

@@ -21,11 +21,11 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::placement::{Placement, Unpin, pin};
 use super::statistics::{Block, paired, quantile};
-use crate::cli::DoorbellArgs;
+use crate::cli::{DoorbellArgs, ModelName};
 use crate::demo::args;
 use crate::latency::Latency;
 use crate::stop::Stop;
-use crate::supervise::{START_LIMIT, Service};
+use crate::supervise::Service;
 use report::{DoorbellResult, ModeRow};
 
 /// Memory that the device reaches.
@@ -174,27 +174,15 @@ struct Subject {
 impl Subject {
     fn start(mode: Mode, dir: &Path, processors: Option<(usize, usize)>, stop: &Stop) -> Result<Self> {
         let socket = dir.join(format!("{mode:?}.sock"));
-        let mut list = args![
-            "device",
-            "--model",
-            "gru",
-            "--socket",
-            &socket,
-            "--private-dir",
-            dir,
-            "--doorbell",
-            mode.doorbell(),
-            // The driver is ours.
-            "--map-tfh",
-        ];
+        // The driver is ours.
+        let mut more = args!["--doorbell", mode.doorbell(), "--map-tfh"];
         if mode == Mode::Spin {
-            list.extend(args!["--spin", FOR_EVER.as_micros().to_string()]);
+            more.extend(args!["--spin", FOR_EVER.as_micros().to_string()]);
         }
         if let Some((_, there)) = processors {
             pin(there)?;
         }
-        let mut device = Service::start("device", list)?;
-        device.expect("ready", START_LIMIT, stop)?;
+        let device = crate::device::start(ModelName::Gru, dir, &socket, more, stop)?;
         if let Some((here, _)) = processors {
             pin(here)?;
         }

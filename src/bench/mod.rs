@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::cli::{BenchArgs, UffdModeName};
+use crate::cli::{BenchArgs, ModelName, UffdModeName};
 use crate::demo::{args, name};
 use crate::latency::human;
 use crate::stop::Stop;
@@ -128,22 +128,8 @@ impl Run<'_> {
         if let Some((_, there)) = processors {
             pin(there)?;
         }
-        let mut device = Service::start(
-            "device",
-            args![
-                "device",
-                "--model",
-                "gru",
-                "--socket",
-                &device_socket,
-                "--private-dir",
-                dir,
-                "--doorbell",
-                "poll",
-                "--map-tfh"
-            ],
-        )?;
-        device.expect("ready", START_LIMIT, stop)?;
+        let more = args!["--doorbell", "poll", "--map-tfh"];
+        let mut device = crate::device::start(ModelName::Gru, dir, &device_socket, more, stop)?;
         if let Some((here, _)) = processors {
             pin(here)?;
         }

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use serde_json::Value;
 
-use crate::cli::{DemoArgs, Fault};
+use crate::cli::{DemoArgs, Fault, ModelName};
 use crate::inspect;
 use crate::stop::Stop;
 use crate::supervise::{START_LIMIT, Service};
@@ -99,11 +99,14 @@ fn run_in(args: &DemoArgs, dir: &Path, stop: &Stop) -> Result<DemoResult> {
     let (device_socket, host_socket) = (dir.join("device.sock"), dir.join("host.sock"));
     let mut device = match &args.device {
         Some(_) => None,
-        None => Some(Service::start("device", device_args(args, dir, &device_socket))?),
+        None => Some(crate::device::start(
+            ModelName::Gru,
+            dir,
+            &device_socket,
+            device_args(args),
+            stop,
+        )?),
     };
-    if let Some(device) = &mut device {
-        device.expect("ready", START_LIMIT, stop)?;
-    }
     let device_name = args.device.as_deref().unwrap_or(&device_socket);
     let mut host = Service::start("host daemon", host_args(args, dir, device_name, &host_socket))?;
     host.expect("ready", START_LIMIT, stop)?;
@@ -190,15 +193,8 @@ fn follow(args: &DemoArgs, application: &mut Service, stop: &Stop) -> Result<Rep
     }
 }
 
-fn device_args(args: &DemoArgs, dir: &Path, socket: &Path) -> Vec<OsString> {
+fn device_args(args: &DemoArgs) -> Vec<OsString> {
     let mut list = args![
-        "device",
-        "--model",
-        "gru",
-        "--socket",
-        socket,
-        "--private-dir",
-        dir,
         "--doorbell",
         name(args.doorbell),
         // The driver behind the daemon is ours.

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use tempfile::TempDir;
+
 /// The `tlbridge` binary: `TLBRIDGE_BIN`, else the one beside the test's own target directory.
 ///
 /// # Panics
@@ -185,9 +187,23 @@ impl Tool {
 #[derive(Debug)]
 pub struct Device {
     child: Child,
+    socket: PathBuf,
+    _directory: Option<TempDir>,
 }
 
 impl Device {
+    /// Starts one on a socket of its own and waits until it serves.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn gru(arguments: &[&str]) -> Self {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let mut device = Self::start(&directory.path().join("gru.sock"), arguments);
+        device._directory = Some(directory);
+        device
+    }
+
     /// Starts one and waits until it serves.
     ///
     /// # Panics
@@ -205,12 +221,48 @@ impl Device {
             .unwrap_or_else(|e| panic!("starting {}: {e}", binary().display()));
         // It says where it serves as soon as it does.
         let mut said = [0; 7];
-        let read = child.stderr.as_mut().expect("piped").read_exact(&mut said);
+        let mut stderr = child.stderr.take().expect("piped");
+        let read = stderr.read_exact(&mut said);
         assert!(
             read.is_ok() && &said == b"serving",
             "the device does not serve: {read:?}"
         );
-        Self { child }
+        // It must not wait for room when it has more to say.
+        std::thread::spawn(move || std::io::copy(&mut stderr, &mut std::io::sink()));
+        Self {
+            child,
+            socket: socket.to_owned(),
+            _directory: None,
+        }
+    }
+
+    /// Its pid.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its socket.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Kills it and waits for its end.
+    ///
+    /// # Panics
+    /// When it cannot be killed.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("kill");
+        self.child.wait().expect("waitpid");
+    }
+
+    /// Whether it is still running.
+    ///
+    /// # Panics
+    /// When that cannot be found out.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("waitpid").is_none()
     }
 
     /// Asks it to end.

@@ -4,7 +4,6 @@ mod vfio_user_scratch;
 
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -18,7 +17,7 @@ use protos::gru::cch::{self, Control, Opc, State};
 use protos::gru::doorbell::Mode;
 use protos::gru::{HandleStatus, map, pci};
 use serde_json::json;
-use tests::processes::{binary, is_alive};
+use tests::processes::{Device, is_alive};
 use tests::qemu::{ALL_ONES, Gone, Memory, Qemu, find};
 use vfio_user_scratch::{ASK, FETCH, Msix, Scratch, TELL};
 
@@ -42,69 +41,24 @@ macro_rules! qemu_or_skip {
     };
 }
 
-/// `tlbridge device` on a socket of its own; killed when dropped.
-struct Device {
-    child: Child,
-    socket: PathBuf,
-    _directory: tempfile::TempDir,
-}
-
-impl Device {
-    fn start(doorbell: &str) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let socket = directory.path().join("gru.sock");
-        let child = Command::new(binary())
-            .args(["device", "--model", "gru", "--doorbell", doorbell, "--socket"])
-            .arg(&socket)
-            .stdin(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut device = Self {
-            child,
-            socket,
-            _directory: directory,
-        };
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while !device.socket.exists() {
-            assert!(device.child.try_wait().unwrap().is_none(), "the device has ended");
-            assert!(Instant::now() < deadline, "the device does not listen");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        device
-    }
-
-    fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-
-    /// Somebody new is served: the client before is gone and cleaned up.
-    fn serves_a_new_client(&self) {
-        let deadline = Instant::now() + Duration::from_secs(60);
-        let client = loop {
-            match VfioUserClient::connect(&self.socket) {
-                Ok(client) => break client,
-                // QEMU polls its sockets by io_uring, whose references the kernel drops some time after the
-                // process has ended: until then the server still has that client.
-                Err(ConnectError::Busy { .. }) if Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
-                Err(error) => panic!("a new client is not accepted: {error}"),
+/// Somebody new is served: the client before is gone and cleaned up.
+fn serves_a_new_client(device: &Device) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let client = loop {
+        match VfioUserClient::connect(device.socket()) {
+            Ok(client) => break client,
+            // QEMU polls its sockets by io_uring, whose references the kernel drops some time after the
+            // process has ended: until then the server still has that client.
+            Err(ConnectError::Busy { .. }) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
             }
-        };
-        let mut id = [0; 4];
-        client.config_read(0, &mut id).unwrap();
-        assert_eq!(u32::from_le_bytes(id), ID);
-        assert!(is_alive(self.child.id()));
-    }
-}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+            Err(error) => panic!("a new client is not accepted: {error}"),
+        }
+    };
+    let mut id = [0; 4];
+    client.config_read(0, &mut id).unwrap();
+    assert_eq!(u32::from_le_bytes(id), ID);
+    assert!(is_alive(device.pid()));
 }
 
 fn strings(arguments: &[&str]) -> Vec<String> {
@@ -121,7 +75,7 @@ fn device_argument(socket: &Path) -> String {
 
 fn attached(program: &Path, device: &Device, memory: Memory, more: &[&str]) -> Result<Qemu, Gone> {
     let mut arguments = strings(more);
-    arguments.extend(["-device".to_owned(), device_argument(&device.socket)]);
+    arguments.extend(["-device".to_owned(), device_argument(device.socket())]);
     Qemu::start(program, memory, &arguments)
 }
 
@@ -249,22 +203,22 @@ fn wait(
 fn test_qemu_when_attached_uses_bars_and_msix_in_every_doorbell_mode() {
     let program = qemu_or_skip!();
     for (doorbell, mode) in [("poll", Mode::POLL), ("bell", Mode::BELL), ("trap", Mode::TRAP)] {
-        let device = Device::start(doorbell);
+        let device = Device::gru(&["--doorbell", doorbell]);
         let mut qemu = attached(&program, &device, Memory::Shared, &[]).unwrap();
         use_the_gru(&mut qemu).unwrap();
         run_instructions(&mut qemu, mode).unwrap();
         // A second client is one too many as long as QEMU is there.
-        assert!(VfioUserClient::connect(&device.socket).is_err());
+        assert!(VfioUserClient::connect(device.socket()).is_err());
         qemu.qmp("quit", &json!({})).unwrap();
         assert!(qemu.wait().success(), "{}", qemu.said());
-        device.serves_a_new_client();
+        serves_a_new_client(&device);
     }
 }
 
 #[test]
 fn test_qemu_when_reset_and_killed_leaves_a_server_that_serves_the_next() {
     let program = qemu_or_skip!();
-    let device = Device::start("poll");
+    let device = Device::gru(&["--doorbell", "poll"]);
     for _ in 0..2 {
         let mut qemu = attached(&program, &device, Memory::Shared, &[]).unwrap();
         use_the_gru(&mut qemu).unwrap();
@@ -274,14 +228,14 @@ fn test_qemu_when_reset_and_killed_leaves_a_server_that_serves_the_next() {
         use_the_gru(&mut qemu).unwrap();
         // Killed with signal 9.
         drop(qemu);
-        device.serves_a_new_client();
+        serves_a_new_client(&device);
     }
 }
 
 #[test]
 fn test_qemu_when_it_has_a_virtual_iommu_attaches_and_survives_translation_on_and_off() {
     let program = qemu_or_skip!();
-    let device = Device::start("poll");
+    let device = Device::gru(&["--doorbell", "poll"]);
     let iommu = ["-device", "intel-iommu,caching-mode=on"];
     let mut qemu = attached(&program, &device, Memory::Shared, &iommu).unwrap();
     use_the_gru(&mut qemu).unwrap();
@@ -304,14 +258,14 @@ fn test_qemu_when_it_has_a_virtual_iommu_attaches_and_survives_translation_on_an
     assert!(qemu.wait().success(), "{}", qemu.said());
     // No unmap was refused (command 3): QEMU reports each that was.
     assert!(!qemu.said().contains("command 3"), "{}", qemu.said());
-    device.serves_a_new_client();
+    serves_a_new_client(&device);
 }
 
 #[test]
 fn test_qemu_when_memory_is_not_shared_attaches_or_says_why_not() {
     let program = qemu_or_skip!();
     for memory in [Memory::Private, Memory::Anonymous] {
-        let device = Device::start("poll");
+        let device = Device::gru(&["--doorbell", "poll"]);
         match attached(&program, &device, memory, &[]) {
             Ok(mut qemu) => {
                 // Registers work in any case; what cannot work without file descriptors is DMA.
@@ -329,7 +283,7 @@ fn test_qemu_when_memory_is_not_shared_attaches_or_says_why_not() {
             }
             Err(Gone(why)) => assert!(why.contains("vfio"), "no clear error: {why}"),
         }
-        device.serves_a_new_client();
+        serves_a_new_client(&device);
     }
 }
 
@@ -337,7 +291,7 @@ fn test_qemu_when_memory_is_not_shared_attaches_or_says_why_not() {
 fn test_qemu_when_the_device_process_is_killed_reads_all_ones_and_lives() {
     let program = qemu_or_skip!();
     for doorbell in ["poll", "trap"] {
-        let mut device = Device::start(doorbell);
+        let mut device = Device::gru(&["--doorbell", doorbell]);
         let mut qemu = attached(&program, &device, Memory::Shared, &[]).unwrap();
         use_the_gru(&mut qemu).unwrap();
         device.kill();
@@ -665,13 +619,13 @@ fn test_qemu_when_memory_is_not_shared_answers_the_devices_reads_and_writes() {
 #[test]
 fn test_device_when_qemu_unplugs_it_serves_the_next_qemu() {
     let program = qemu_or_skip!();
-    let device = Device::start("poll");
+    let device = Device::gru(&["--doorbell", "poll"]);
     for round in 0..2 {
         let mut qemu = Qemu::start(&program, Memory::Shared, &strings(&PORT)).unwrap();
-        plug(&mut qemu, &device.socket).unwrap();
+        plug(&mut qemu, device.socket()).unwrap();
         assert_eq!(qemu.config_read(PLUGGED, 0).unwrap(), ID);
         match unplug(&mut qemu) {
-            Ok(()) => plug(&mut qemu, &device.socket).unwrap(),
+            Ok(()) => plug(&mut qemu, device.socket()).unwrap(),
             // That is QEMU's end, and must not be the server's.
             Err(gone) => {
                 qemu.wait();
@@ -688,6 +642,6 @@ fn test_device_when_qemu_unplugs_it_serves_the_next_qemu() {
             }
         }
         drop(qemu);
-        device.serves_a_new_client();
+        serves_a_new_client(&device);
     }
 }

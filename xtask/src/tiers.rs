@@ -2,6 +2,7 @@
 
 use crate::run::{Outcome, Totals, step};
 use crate::{lab, layering, provision};
+use ::lab::packages::on_path;
 use anyhow::{Context, bail};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -216,7 +217,7 @@ pub fn test(only: &[String], keep_going: bool) -> anyhow::Result<bool> {
         }
     }
     println!("== deny: licences and advisories");
-    if provision::on_path("cargo-deny") {
+    if on_path("cargo-deny") {
         let log = logs.join("deny.log");
         let outcome = step(
             "deny",
@@ -364,7 +365,7 @@ fn fuzz_commands(root: &Path, minutes: u64) -> Vec<(Command, String)> {
         .args(["+nightly", "--version"])
         .output()
         .is_ok_and(|o| o.status.success());
-    if !(provision::on_path("cargo-fuzz") && nightly) {
+    if !(on_path("cargo-fuzz") && nightly) {
         let mut command = cargo(&[
             "test",
             "--release",

@@ -22,7 +22,7 @@ use zerocopy::IntoBytes;
 
 use super::placement::{Unpin, pin, wait_for_ones_turn};
 use super::statistics::{Block, bootstrap, paired, quantile};
-use crate::cli::MmioArgs;
+use crate::cli::{MmioArgs, ModelName};
 use crate::demo::args;
 use crate::latency::Latency;
 use crate::stop::Stop;
@@ -158,21 +158,8 @@ fn measure(
 
 fn gru(dir: &Path, name: &str, busy_poll: Duration, stop: &Stop) -> Result<(Service, PathBuf)> {
     let socket = dir.join(format!("{name}.sock"));
-    let mut device = Service::start(
-        "device",
-        args![
-            "device",
-            "--model",
-            "gru",
-            "--socket",
-            &socket,
-            "--private-dir",
-            dir,
-            "--busy-poll",
-            busy_poll.as_micros().to_string(),
-        ],
-    )?;
-    device.expect("ready", START_LIMIT, stop)?;
+    let more = args!["--busy-poll", busy_poll.as_micros().to_string()];
+    let device = crate::device::start(ModelName::Gru, dir, &socket, more, stop)?;
     Ok((device, socket))
 }
 
