@@ -10,12 +10,16 @@ struct Truth {
 }
 
 impl VmaSource for Truth {
-    fn query(&self, va: u64) -> io::Result<Option<Vma>> {
+    fn query_from(&self, va: u64) -> io::Result<Option<Vma>> {
         if let Some(hook) = self.during_query.lock().unwrap().as_mut() {
             hook();
         }
         let vmas = self.vmas.lock().unwrap();
-        Ok(vmas.iter().find(|v| (v.start..v.end).contains(&va)).copied())
+        Ok(vmas
+            .iter()
+            .filter(|v| va < v.end)
+            .min_by_key(|v| v.start)
+            .copied())
     }
 }
 

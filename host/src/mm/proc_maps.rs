@@ -73,8 +73,8 @@ impl ProcMaps {
         // SAFETY: procmap_query is plain integers; all zero is a valid value.
         let mut query: procmap_query = unsafe { std::mem::zeroed() };
         query.size = size_of::<procmap_query>() as u64;
-        // No flags: the mapping that covers the address exactly, of any kind.
-        query.query_flags = 0;
+        // Of any kind.
+        query.query_flags = flags::PROCMAP_QUERY_COVERING_OR_NEXT_VMA as u64;
         query.query_addr = va;
         // SAFETY: the opcode is PROCMAP_QUERY, whose operand is a procmap_query; its name and build-id buffers
         // have size 0, so the kernel writes nothing else.
@@ -119,7 +119,8 @@ impl ProcMaps {
         for line in text.lines() {
             let vma = parse_line(line)
                 .ok_or_else(|| io::Error::other(format!("maps line not understood: {line:?}")))?;
-            if (vma.start..vma.end).contains(&va) {
+            // In ascending order.
+            if va < vma.end {
                 return Ok(Some(vma));
             }
         }
@@ -152,8 +153,8 @@ fn parse_line(line: &str) -> Option<Vma> {
 }
 
 impl VmaSource for ProcMaps {
-    fn query(&self, va: u64) -> io::Result<Option<Vma>> {
-        crate::notifier::might_sleep("ProcMaps::query");
+    fn query_from(&self, va: u64) -> io::Result<Option<Vma>> {
+        crate::notifier::might_sleep("ProcMaps::query_from");
         self.queries.fetch_add(1, Ordering::Relaxed);
         if self.uses_ioctl() {
             match self.query_ioctl(va) {
@@ -212,6 +213,8 @@ mod tests {
         assert_eq!((vma.start, vma.end), (base + 4096, base + 8192));
         assert!(vma.read && !vma.write && vma.shared);
         assert_eq!(source.query(0x1000).unwrap(), None);
+        let first = source.query_from(0x1000).unwrap().expect("something is mapped");
+        assert!(first.start > 0x1000 && first.start <= base, "{first:?}");
         let stack = 0u8;
         let vma = source
             .query(std::ptr::from_ref(&stack) as u64)
@@ -227,7 +230,7 @@ mod tests {
         if !source.uses_ioctl() {
             eprintln!("SKIPPED the ioctl half: this kernel has no PROCMAP_QUERY (needs 6.11)");
         }
-        assert_eq!(source.queries(), 4);
+        assert_eq!(source.queries(), 5);
     }
 
     #[test]

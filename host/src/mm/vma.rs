@@ -37,9 +37,17 @@ impl Vma {
 
 /// Who knows what is mapped.
 pub trait VmaSource: Send + Sync {
-    /// The mapping that covers `va` now, or `None` when nothing does. May sleep.
+    /// The mapping that covers `va` now, else the first one behind it, or `None` when there is none. May sleep.
     ///
     /// # Errors
     /// ESRCH when the process is gone, and whatever the source says.
-    fn query(&self, va: u64) -> io::Result<Option<Vma>>;
+    fn query_from(&self, va: u64) -> io::Result<Option<Vma>>;
+
+    /// The mapping that covers `va` now, or `None` when nothing does. May sleep.
+    ///
+    /// # Errors
+    /// As [`VmaSource::query_from`].
+    fn query(&self, va: u64) -> io::Result<Option<Vma>> {
+        Ok(self.query_from(va)?.filter(|vma| vma.start <= va))
+    }
 }

@@ -49,22 +49,21 @@ impl HeldMemory {
         let mut discards = Vec::new();
         let mut va = start;
         while va < end {
-            match self.source.query(va) {
-                Ok(Some(vma)) if vma.end > va => {
-                    let stop = vma.end.min(end);
+            match self.source.query_from(va) {
+                // The kernel ends a discard at the first hole for some kinds, and goes on behind it for others.
+                Ok(Some(vma)) if vma.start < end => {
+                    let (start, stop) = (va.max(vma.start), vma.end.min(end));
                     if vma.shared {
-                        let offset = vma.offset_of(va);
+                        let offset = vma.offset_of(start);
                         let id = FileId {
                             dev: vma.dev,
                             ino: vma.inode,
                         };
-                        discards.push(self.held.begin_discard(id, offset, offset + (stop - va)));
+                        discards.push(self.held.begin_discard(id, offset, offset + (stop - start)));
                     }
                     va = stop;
                 }
-                // The kernel stops a discard at the first hole, with ENOMEM, after what comes before. It goes on
-                // behind it for some kinds: the next page is looked at.
-                Ok(_) => va = va.saturating_add(crate::session::held::PAGE),
+                Ok(_) => break,
                 // The process is gone: nobody is left to discard or to be faulted for.
                 Err(error) => {
                     tracing::debug!(va, %error, "the address space cannot be asked");
