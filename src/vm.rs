@@ -14,7 +14,7 @@ use lab::initramfs::Initramfs;
 use lab::kernel::{Kernel, Series};
 use serde_json::json;
 
-use crate::cli::{ModelName, VmArgs};
+use crate::cli::{GuestKind, VmArgs, VmModel};
 use crate::demo::{ANSWER_LIMIT, args, name};
 use crate::inspect::print_text;
 use crate::stop::Stop;
@@ -92,7 +92,7 @@ fn run_until(args: &VmArgs, stop: &Stop) -> Result<u8> {
         .prefix("tlbridge-")
         .tempdir()
         .context("cannot make a private directory for the socket (TMPDIR)")?;
-    let mut device = match args.model {
+    let mut device = match args.model.and_then(VmModel::device) {
         None => None,
         Some(model) => {
             let socket = directory.path().join("device.sock");
@@ -193,7 +193,15 @@ fn pack(args: &VmArgs, lab: &Lab, kernel: &Kernel) -> Result<(Initramfs, Option<
     for module in kernel.with_dependencies(&wanted)? {
         files.add_module(lab, &module)?;
     }
-    if args.model == Some(ModelName::Gru) {
+    let guest = args.guest.or(args.model.map(VmModel::guest));
+    match guest.unwrap_or(GuestKind::Small) {
+        GuestKind::Small => {}
+        GuestKind::Rdma => {
+            lab.provide_rdma()?;
+            files.add_rdma(lab, kernel)?;
+        }
+    }
+    if args.model == Some(VmModel::Gru) {
         if args.kernel.is_none() {
             for module in lab.provide_gru_modules(Series::Stable)? {
                 files.add_module(lab, &module)?;

@@ -10,6 +10,7 @@
 //! Not here: root images on disks, kernels of other architectures, anything but Linux guests.
 
 pub mod acceleration;
+mod apt;
 mod archive;
 pub mod guest;
 pub mod initramfs;
@@ -20,6 +21,8 @@ mod place;
 mod programs;
 pub mod qemu;
 pub mod qmp;
+pub mod rdma;
+mod steps;
 mod tree;
 
 pub use place::Lab;

@@ -58,6 +58,9 @@ pub fn provide() -> anyhow::Result<Missing> {
         }
         Err(error) => missing.push(format!("tests of the sgi-gru driver in a guest: {error:#}")),
     }
+    if let Err(error) = lab.provide_rdma() {
+        missing.push(format!("tests with RDMA programs in guests: {error:#}"));
+    }
     println!("lab: {:.1} s", begin.elapsed().as_secs_f64());
     Ok(missing)
 }

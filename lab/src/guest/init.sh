@@ -41,12 +41,12 @@ while read -r mark kind text <&3; do
 	printf '%b' "$text" >/lab/command
 	case $kind in
 	run)
-		setsid sh /lab/command </dev/null >&3 2>&1 3>&-
+		setsid /bin/sh /lab/command </dev/null >&3 2>&1 3>&-
 		code=$?
 		;;
 	terminal)
 		stty -F $port sane
-		setsid -c sh /lab/command <>$port >&0 2>&1 3>&-
+		setsid -c /bin/sh /lab/command <>$port >&0 2>&1 3>&-
 		code=$?
 		# The end of its session has hung up the port.
 		exec 3<>$port
