@@ -400,6 +400,8 @@ pub enum GuestKind {
     Small,
     /// The kernel's InfiniBand modules, and the programs of rdma-core and perftest.
     Rdma,
+    /// A root image of Debian with those, Python, rdma-core's own tests, fio and strace.
+    Debian,
 }
 
 /// `512M` or `2G`, in MiB.

@@ -83,6 +83,9 @@ fn run_until(args: &VmArgs, stop: &Stop) -> Result<u8> {
     spec.append = args.append.clone();
     spec.qemu_arguments = args.qemu_arg.clone();
     spec.panic_on_oops = !args.survive_oops;
+    if kind(args) == GuestKind::Debian {
+        spec.disks.push(lab.provide_image()?);
+    }
     if let Some(port) = args.gdb {
         debuggable(&mut spec, port, args.gdb_wait);
     }
@@ -193,12 +196,15 @@ fn pack(args: &VmArgs, lab: &Lab, kernel: &Kernel) -> Result<(Initramfs, Option<
     for module in kernel.with_dependencies(&wanted)? {
         files.add_module(lab, &module)?;
     }
-    let guest = args.guest.or(args.model.map(VmModel::guest));
-    match guest.unwrap_or(GuestKind::Small) {
+    match kind(args) {
         GuestKind::Small => {}
         GuestKind::Rdma => {
             lab.provide_rdma()?;
             files.add_rdma(lab, kernel)?;
+        }
+        GuestKind::Debian => {
+            files.enter_image(lab, kernel)?;
+            files.add_rdma_modules(lab, kernel)?;
         }
     }
     if args.model == Some(VmModel::Gru) {
@@ -235,6 +241,12 @@ fn pack(args: &VmArgs, lab: &Lab, kernel: &Kernel) -> Result<(Initramfs, Option<
     }
     let command: Vec<String> = words.iter().map(|w| quoted(w)).collect();
     Ok((files, (!command.is_empty()).then(|| command.join(" "))))
+}
+
+/// What the guest has beside busybox.
+fn kind(args: &VmArgs) -> GuestKind {
+    let of_the_model = args.model.map_or(GuestKind::Small, VmModel::guest);
+    args.guest.unwrap_or(of_the_model)
 }
 
 fn device_args(args: &VmArgs) -> Vec<OsString> {

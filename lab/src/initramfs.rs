@@ -36,6 +36,8 @@ pub struct Initramfs {
     generations: BTreeMap<String, (u32, u32)>,
     modules: Vec<String>,
     before: Vec<u8>,
+    /// Whether commands run in a root image: all that is added from then on is for it.
+    image: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -86,15 +88,42 @@ impl Initramfs {
     /// Whether these files have that path.
     #[must_use]
     pub fn contains(&self, path: &str) -> bool {
-        self.entries.contains_key(path.trim_start_matches('/'))
+        self.entries.contains_key(&self.place(path))
+    }
+
+    /// Lets commands run in a root image, which init finds on the first disk, with these files and those that
+    /// are added from now on. `kernel`'s modules for disks are loaded.
+    ///
+    /// # Errors
+    /// The kernel has no such modules.
+    pub fn enter_image(&mut self, lab: &Lab, kernel: &Kernel) -> Result<()> {
+        for module in kernel.with_dependencies(&["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"])? {
+            self.add_module(lab, &module)?;
+        }
+        self.entries.insert("image".into(), Entry::Directory);
+        self.add_file("lab/image", 0o644, b"/dev/vda\n");
+        self.image = true;
+        Ok(())
+    }
+
+    /// Where a path of the guest is among the entries.
+    fn place(&self, path: &str) -> String {
+        let path = path.trim_start_matches('/');
+        let own = ["lab/", "lib/modules/"].iter().any(|p| path.starts_with(p));
+        if !self.image || own {
+            return path.to_owned();
+        }
+        // In the image these are links, which nothing may be copied over.
+        let merged = ["bin/", "sbin/", "lib/", "lib64/"].iter().any(|p| path.starts_with(p));
+        format!("lab/over/{}{path}", if merged { "usr/" } else { "" })
     }
 
     /// A file at a path of the guest.
     pub fn add_file(&mut self, path: &str, mode: u32, contents: &[u8]) {
-        let path = path.trim_start_matches('/');
-        self.directories_of(path);
+        let path = self.place(path);
+        self.directories_of(&path);
         self.entries.insert(
-            path.into(),
+            path,
             Entry::File {
                 mode: mode & 0o7777,
                 contents: contents.into(),
@@ -104,9 +133,9 @@ impl Initramfs {
 
     /// A symbolic link at a path of the guest.
     pub fn add_link(&mut self, path: &str, target: &str) {
-        let path = path.trim_start_matches('/');
-        self.directories_of(path);
-        self.entries.insert(path.into(), Entry::Link(target.into()));
+        let path = self.place(path);
+        self.directories_of(&path);
+        self.entries.insert(path, Entry::Link(target.into()));
     }
 
     /// A copy of a file of this machine at a path of the guest, with its mode.
@@ -195,6 +224,11 @@ impl Initramfs {
     /// Where a library goes: all systems' directories of libraries are one here, so that there is one of each
     /// and every loader finds it. In somebody else's initramfs they are what they are.
     fn library_place(&mut self, place: &str) -> String {
+        if self.image {
+            // The image's own libraries are taken where it has them.
+            let name = place.rsplit('/').next().unwrap_or(place);
+            return format!("lab/libraries/{name}");
+        }
         if self.before.is_empty() {
             let found = LIBRARY_DIRECTORIES
                 .iter()
@@ -235,7 +269,8 @@ impl Initramfs {
             }
         }
         // The kernel asks for more by this name.
-        self.add_link("sbin/modprobe", "../bin/modprobe");
+        self.directories_of("sbin/modprobe");
+        self.entries.insert("sbin/modprobe".into(), Entry::Link("../bin/modprobe".into()));
         // modprobe goes by these: their compressed files are not here.
         for list in [
             "modules.dep",

@@ -7,12 +7,13 @@
 //! * [`initramfs::Initramfs`] packs what a guest starts with.
 //! * [`guest`] runs guests.
 //!
-//! Not here: root images on disks, kernels of other architectures, anything but Linux guests.
+//! Not here: kernels of other architectures, anything but Linux guests.
 
 pub mod acceleration;
 mod apt;
 mod archive;
 pub mod guest;
+pub mod image;
 pub mod initramfs;
 pub mod kernel;
 pub mod modules;

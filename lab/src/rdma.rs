@@ -166,6 +166,18 @@ impl Initramfs {
                 self.add_copy(&configuration, &tree.root().join(&configuration))?;
             }
         }
+        self.add_rdma_modules(lab, kernel)?;
+        // Names of hosts and services: in files only.
+        self.add_file("etc/hosts", 0o644, b"127.0.0.1 localhost lab\n::1 localhost\n");
+        self.add_file("etc/nsswitch.conf", 0o644, b"hosts: files\n");
+        Ok(())
+    }
+
+    /// The modules only, for a guest whose programs are in a root image.
+    ///
+    /// # Errors
+    /// The kernel has no such modules.
+    pub fn add_rdma_modules(&mut self, lab: &Lab, kernel: &Kernel) -> Result<()> {
         for module in kernel.with_dependencies(&MODULES)? {
             self.add_module(lab, &module)?;
         }
@@ -175,9 +187,6 @@ impl Initramfs {
             .filter(|name| kernel.with_dependencies(&[name]).is_ok())
             .collect();
         self.add_modules_for_modprobe(lab, kernel, &there)?;
-        // Names of hosts and services: in files only.
-        self.add_file("etc/hosts", 0o644, b"127.0.0.1 localhost lab\n::1 localhost\n");
-        self.add_file("etc/nsswitch.conf", 0o644, b"hosts: files\n");
         Ok(())
     }
 }

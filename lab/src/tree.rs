@@ -31,6 +31,8 @@ pub(crate) struct Recipe {
     pub packages: Vec<String>,
     /// These without.
     pub alone: Vec<String>,
+    /// A hash of what is added to them.
+    pub added: u64,
 }
 
 /// A complete tree.
@@ -49,6 +51,7 @@ impl Recipe {
             suite,
             packages: packages.iter().map(|&p| p.to_owned()).collect(),
             alone: Vec::new(),
+            added: 0,
         }
     }
 
@@ -68,6 +71,13 @@ impl Default for Fnv {
     fn default() -> Self {
         Self(0xcbf2_9ce4_8422_2325)
     }
+}
+
+/// The hash of some bytes.
+pub(crate) fn fnv(bytes: &[u8]) -> u64 {
+    let mut hasher = Fnv::default();
+    hasher.write(bytes);
+    hasher.finish()
 }
 
 impl Hasher for Fnv {
