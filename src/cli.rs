@@ -295,7 +295,7 @@ pub struct VmArgs {
     /// Attach a device that is served already: its vfio-user socket (repeatable).
     #[arg(long, value_name = "SOCKET")]
     pub device: Vec<PathBuf>,
-    /// How the device learns of a store.
+    /// How the device learns of a store (default: trap).
     #[arg(long, value_enum, requires = "model")]
     pub doorbell: Option<Doorbell>,
     /// An argument for `tlbridge device` (repeatable), as in --device-arg=--engines=4.

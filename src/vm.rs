@@ -14,7 +14,7 @@ use lab::initramfs::Initramfs;
 use lab::kernel::{Kernel, Series};
 use serde_json::json;
 
-use crate::cli::{ModelName, VmArgs};
+use crate::cli::{Doorbell, ModelName, VmArgs};
 use crate::demo::{ANSWER_LIMIT, args, name};
 use crate::inspect::print_text;
 use crate::stop::Stop;
@@ -231,8 +231,10 @@ fn pack(args: &VmArgs, lab: &Lab, kernel: &Kernel) -> Result<(Initramfs, Option<
 
 fn device_args(args: &VmArgs) -> Vec<OsString> {
     let mut all = Vec::new();
-    if let Some(doorbell) = args.doorbell {
-        all.extend(args!["--doorbell", name(doorbell)]);
+    let says = |argument: &OsString| argument.to_string_lossy().starts_with("--doorbell");
+    if args.doorbell.is_some() || !args.device_arg.iter().any(says) {
+        // Strict: a guest's driver need not know of doorbells, and its register writes are posted.
+        all.extend(args!["--doorbell", name(args.doorbell.unwrap_or(Doorbell::Trap))]);
     }
     all.extend(args.device_arg.iter().cloned());
     all

@@ -132,6 +132,10 @@ fn integration(root: &Path, tier: Tier) -> Command {
         "TLBRIDGE_AGENT_LIB",
         root.join("target/release/libtlbridge_agent.so"),
     );
+    if tier == Tier::InProcess {
+        // Its own tests: of what the tests share.
+        c.arg("--lib");
+    }
     for name in test_targets(root) {
         if Tier::of(&name) == tier {
             c.args(["--test", &name]);

@@ -219,6 +219,8 @@ struct Counters {
     exceptions: Count,
     messages_refused: Count,
     misses: Count,
+    misses_in_fault_map: Count,
+    misses_withdrawn: Count,
     fills: Count,
     fills_killed: Count,
     tgh_purges: Count,
