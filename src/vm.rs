@@ -17,6 +17,7 @@ use serde_json::json;
 use crate::cli::{ModelName, VmArgs};
 use crate::demo::{ANSWER_LIMIT, args, name};
 use crate::inspect::print_text;
+use crate::sanitizer;
 use crate::stop::Stop;
 use crate::supervise::Service;
 
@@ -104,11 +105,14 @@ fn run_until(args: &VmArgs, stop: &Stop) -> Result<u8> {
     spec.devices.extend(args.device.iter().cloned());
 
     let result = guest(args, &spec, command.as_deref(), stop);
-    if args.device_stats
-        && let Some(device) = &mut device
-        && let Err(error) = say_stats(device)
+    let mut defects = 0;
+    if let Some(device) = &mut device
+        && (args.device_stats || sanitizer::wanted(args.sanitize))
     {
-        eprintln!("tlbridge: the device's statistics: {error:#}");
+        match stats(device, args.device_stats) {
+            Ok(found) => defects = found,
+            Err(error) => eprintln!("tlbridge: the device's statistics: {error:#}"),
+        }
     }
     let device_end = match device.as_mut().and_then(Service::ended) {
         // It was needed to the end.
@@ -129,6 +133,12 @@ fn run_until(args: &VmArgs, stop: &Stop) -> Result<u8> {
     } else if log_is_temporary && code == 0 {
         let _ = std::fs::remove_file(&log);
     }
+    if defects > 0 {
+        if code != 0 {
+            eprintln!("tlbridge: the command's exit code was {code}");
+        }
+        return Ok(sanitizer::VM_EXIT_CODE);
+    }
     Ok(code)
 }
 
@@ -145,15 +155,22 @@ fn debuggable(spec: &mut Spec, port: u16, wait: bool) {
     spec.boot_limit = Some(Duration::from_secs(24 * 3600));
 }
 
-/// What the device has counted, whatever became of the guest.
-fn say_stats(device: &mut Service) -> Result<()> {
+/// Whatever became of the guest: what the device has counted (if asked for), and its sanitizer's findings. Defects.
+fn stats(device: &mut Service, show: bool) -> Result<u64> {
     device.ask("stats")?;
     let dump = device.expect("stats", ANSWER_LIMIT, &Stop::new()?)?;
-    print_text(
-        &json!({ "device": dump["stats"] }),
-        0,
-        &mut std::io::stderr().lock(),
-    )
+    if show {
+        print_text(
+            &json!({ "device": dump["stats"] }),
+            0,
+            &mut std::io::stderr().lock(),
+        )?;
+    }
+    let findings = &dump["sanitizer"];
+    if let Some(summary) = sanitizer::summary(findings) {
+        eprintln!("tlbridge: the device's {summary}");
+    }
+    Ok(sanitizer::defects(findings))
 }
 
 /// The guest's life: exit code and what its kernel complained of.
@@ -233,6 +250,9 @@ fn device_args(args: &VmArgs) -> Vec<OsString> {
     let mut all = Vec::new();
     if let Some(doorbell) = args.doorbell {
         all.extend(args!["--doorbell", name(doorbell)]);
+    }
+    if args.sanitize {
+        all.extend(args!["--sanitize"]);
     }
     all.extend(args.device_arg.iter().cloned());
     all

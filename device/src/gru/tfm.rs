@@ -42,7 +42,7 @@ impl Hardware {
         }
     }
 
-    fn tfm_set(&self, chiplet: &Chiplet, tfm: usize, bits: u64, cbr: usize) {
+    pub(super) fn tfm_set(&self, chiplet: &Chiplet, tfm: usize, bits: u64, cbr: usize) {
         let at = chiplet.tfm(tfm) + bits + cbr as u64 / 64 * 8;
         self.memory.word(at).fetch_or(1 << (cbr % 64), Ordering::Release);
     }
