@@ -10,6 +10,7 @@ mod found;
 mod instructions;
 mod issue;
 mod ktest;
+mod late;
 mod memory;
 mod numbers;
 mod queue;
@@ -68,6 +69,8 @@ enum Test {
     Unload,
     /// Translations that arrive after the invalidation of their page.
     StaleDropin,
+    /// Stores that are under way when their page is taken away.
+    LateStore,
     /// Prints the driver's counters.
     Statistics,
     /// Takes the device away from open contexts. Needs root; nothing works afterwards until gru.ko is loaded anew.
@@ -110,6 +113,7 @@ fn run(cli: &Cli) -> Outcome {
         Test::StealPart => steal::part(&gru, rounds(3)),
         Test::Unload => unload::run(&gru, rounds(100), seed),
         Test::StaleDropin => stale::run(&gru, rounds(150)),
+        Test::LateStore => late::run(&gru, rounds(20)),
         Test::Statistics => statistics::print(),
         Test::Unplug => unplug::run(&gru),
         Test::Found { fault } => found::run(&gru, *fault, rounds(1000)),
