@@ -1,6 +1,7 @@
 //! The ATC over client memory.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
 use crate::dma::{self, DmaError, TargetCache};
@@ -9,6 +10,7 @@ use super::core::{Begun, Core};
 use super::defect::{Defect, Findings, Initiator};
 use super::engine::{Engine, assert_no_guard};
 use super::reach::{Reach, Span};
+use super::shadow::Seen;
 use super::slot::Entry;
 use super::types::{
     Access, AtcConfig, AtcStats, EntryDump, Fill, FillRefused, PageSize, Purge, PurgeProgress, PurgeReport,
@@ -42,7 +44,9 @@ pub struct HooksAlreadySet;
 pub struct Atc {
     pub(super) core: Core,
     dma: Arc<dma::Space>,
-    pub(super) hooks: OnceLock<Arc<dyn Hooks>>,
+    hooks: OnceLock<Arc<dyn Hooks>>,
+    /// Accesses are shown to somebody: a sanitizer, or hooks.
+    pub(super) onlookers: AtomicBool,
 }
 
 /// A purge whose second half is owed. Until [`Atc::purge_finish`] takes it, no fill that meets the range
@@ -86,6 +90,7 @@ impl Atc {
             core: Core::new(&config),
             dma,
             hooks: OnceLock::new(),
+            onlookers: AtomicBool::new(config.sanitize.is_some()),
         });
         let weak: Weak<dyn TargetCache> = Arc::<Self>::downgrade(&atc);
         atc.dma.attach_cache(weak);
@@ -97,7 +102,20 @@ impl Atc {
     /// # Errors
     /// [`HooksAlreadySet`].
     pub fn set_hooks(&self, hooks: Arc<dyn Hooks>) -> Result<(), HooksAlreadySet> {
-        self.hooks.set(hooks).map_err(|_| HooksAlreadySet)
+        self.hooks.set(hooks).map_err(|_| HooksAlreadySet)?;
+        self.onlookers.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// An access, to the sanitizer, and then to whoever injects faults: an engine that is parked is known to be inside.
+    #[cold]
+    pub(super) fn show(&self, seen: Seen, tag: u64) {
+        if self.core.sanitized {
+            self.core.entered(seen);
+        }
+        if let Some(hooks) = self.hooks.get() {
+            hooks.translated(SpaceId(seen.space), seen.va, seen.access, tag);
+        }
     }
 
     /// The client's memory.

@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::dma::{Lost, Window, lost};
 
@@ -68,8 +68,7 @@ impl Engine {
     #[inline]
     pub fn access(&mut self, space: SpaceId, va: u64, len: u64, access: Access) -> Result<Guard<'_>, Miss> {
         let write = access == Access::Write;
-        let sanitized = self.atc.core.sanitized;
-        let after = if sanitized { self.atc.core.events() } else { 0 };
+        let after = self.atc.core.events();
         let (found, shift) = self.atc.core.access(self.slot, space.0, va, write)?;
         HELD.set(HELD.get() + 1);
         let page = 1u64 << shift;
@@ -88,8 +87,8 @@ impl Engine {
             page_left: page - offset,
             engine: self,
         };
-        if sanitized {
-            guard.engine.atc.core.entered(Seen {
+        if guard.engine.atc.onlookers.load(Ordering::Relaxed) {
+            let seen = Seen {
                 engine: guard.engine.slot,
                 after,
                 space: space.0,
@@ -99,10 +98,8 @@ impl Engine {
                 host: found.host,
                 access,
                 by: guard.engine.by,
-            });
-        }
-        if let Some(hooks) = guard.engine.atc.hooks.get() {
-            hooks.translated(space, va, access, found.tag);
+            };
+            guard.engine.atc.show(seen, found.tag);
         }
         Ok(guard)
     }
