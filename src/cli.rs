@@ -13,7 +13,7 @@ use crate::bench::Case;
 #[derive(Debug, Parser)]
 #[command(name = "tlbridge", version, args_conflicts_with_subcommands = true)]
 #[command(after_help = "\
-Exit codes: 0 fine, 1 error, 2 wrong usage, 3 a stale access was found.
+Exit codes: 0 fine, 1 error, 2 wrong usage, 3 a stale access was found, 4 a device's sanitizer has found something.
 RUST_LOG=debug (or info, trace, crate=level) shows what the processes do, on stderr.
 
 Examples:
@@ -47,7 +47,7 @@ pub enum Command {
     Bench(BenchCommand),
     /// Check any vfio-user server against the specification.
     Conformance(ConformanceArgs),
-    /// Print the statistics of a running host daemon.
+    /// Print the state of a running host daemon, or of a device that was started with --inspect.
     Inspect(InspectArgs),
     /// The demo's application (started by the demo).
     #[command(hide = true)]
@@ -105,6 +105,10 @@ pub enum DeviceFault {
     KillBit,
     /// A purge completes while accesses through the old translation still run.
     Drain,
+    /// A store goes through an entry that does not allow stores.
+    Clean,
+    /// Entries outlive the unmapping of their memory (which stays alive, so that old contents are seen).
+    Unmap,
 }
 
 /// Checks that can be broken anywhere.
@@ -181,7 +185,8 @@ Examples:
   tlbridge demo --break kill-bit --seconds 2 the oracles must find it: exit code 3
   tlbridge demo --delay kill-bit --seconds 2 the same delays with the check on: exit code 0
 
-Exit codes: 0 fine, 1 error or wrong result, 2 wrong usage, 3 a stale access was found.")]
+Exit codes: 0 fine, 1 error or wrong result, 2 wrong usage, 3 a stale access was found, 4 none was, but the device's
+sanitizer has found something.")]
 pub struct DemoArgs {
     /// How long to run.
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400))]
@@ -213,6 +218,9 @@ pub struct DemoArgs {
     /// The same delays as `--break`, with the check on: nothing may be found.
     #[arg(long, value_enum, value_name = "CHECK")]
     pub delay: Option<Fault>,
+    /// The device's sanitizer looks on (docs/sanitizer.md).
+    #[arg(long, conflicts_with = "device")]
+    pub sanitize: bool,
     /// Without the attached process: then no invalidation has to wait for a subscriber that sleeps.
     #[arg(long)]
     pub no_peer: bool,
@@ -226,7 +234,10 @@ pub struct DemoArgs {
 #[command(after_help = "\
 Example:
   tlbridge device --model gru --socket /run/user/1000/gru.sock
-  tlbridge device --model gru --socket gru.sock --map-tfh     for tlbridge's own driver only")]
+  tlbridge device --model gru --socket gru.sock --map-tfh     for tlbridge's own driver only
+  tlbridge device --model gru --socket gru.sock --sanitize --inspect inspect.sock
+
+Exit codes: 0 fine, 1 error, 2 wrong usage, 4 the sanitizer has found something.")]
 pub struct DeviceArgs {
     /// Which device.
     #[arg(long, value_enum)]
@@ -261,6 +272,16 @@ pub struct DeviceArgs {
     /// For experiments: open the window of a check, with the check on.
     #[arg(long, value_enum, value_name = "CHECK")]
     pub delay: Option<DeviceFault>,
+    /// A sanitizer looks on: what breaks a promise is reported on stderr, and in the exit code (docs/sanitizer.md). As
+    /// does TLBRIDGE_SANITIZE=1 in the environment.
+    #[arg(long)]
+    pub sanitize: bool,
+    /// At the end: the sanitizer's findings as one JSON object on stdout (null without one).
+    #[arg(long, conflicts_with = "supervised")]
+    pub json: bool,
+    /// Answer `tlbridge inspect PATH` with the device's state (a socket, created with mode 0600).
+    #[arg(long, value_name = "PATH")]
+    pub inspect: Option<PathBuf>,
     /// Variants of the GRU.
     #[command(flatten)]
     pub gru: crate::gru_options::GruOptions,
@@ -280,8 +301,8 @@ TLBRIDGE_ACCEL=kvm|tcg decides what is else found out by booting.
 The guest is an initramfs with busybox. COMMAND's output goes to stdout; a first word with a `/` in it that is a
 file here is taken along. Without COMMAND: a shell on this terminal, which Ctrl-A x ends.
 
-Exit codes: COMMAND's own; 124 after --timeout, 125 the guest did not run it to its end (stderr says why),
-130 interrupted.
+Exit codes: COMMAND's own; 123 the device's sanitizer has found something, 124 after --timeout, 125 the guest did
+not run it to its end (stderr says why), 130 interrupted.
 
 Examples:
   tlbridge vm --model gru                                     a shell; the driver is loaded
@@ -353,6 +374,9 @@ pub struct VmArgs {
     /// Wait before the kernel's first instruction until the debugger says `continue`.
     #[arg(long, requires = "gdb")]
     pub gdb_wait: bool,
+    /// The device's sanitizer looks on (docs/sanitizer.md).
+    #[arg(long, requires = "model")]
+    pub sanitize: bool,
     /// Say at the end, on stderr, what the device has counted.
     #[arg(long, requires = "model")]
     pub device_stats: bool,

@@ -1,7 +1,9 @@
 //! `tlbridge device`: one device, served on a socket.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::path::Path;
+use std::process::ExitCode;
 use std::sync::Arc;
 
 use ::device::faults::{BreakPlan, FaultPlan};
@@ -10,10 +12,12 @@ use ::device::model::Model;
 use ::device::pci::Function;
 use ::device::server::{ErrorReplies, Server, ServerOptions, StopFd};
 use anyhow::{Context, Result};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::cli::{DeviceArgs, DeviceFault, Doorbell, ErrorReplyLength, ModelName};
 use crate::demo::{args, name};
+use crate::inspectable::Inspectable;
+use crate::sanitizer;
 use crate::stop::{self, Stop};
 use crate::supervise::{Leftovers, START_LIMIT, Service};
 
@@ -43,11 +47,11 @@ pub fn start(
     Ok(device)
 }
 
-/// Serves until told to end.
+/// Serves until told to end. A sanitizer's findings are an exit code of their own; a supervisor asks for them instead.
 ///
 /// # Errors
 /// The socket cannot be used, or the device cannot be built.
-pub fn run(args: &DeviceArgs) -> Result<()> {
+pub fn run(args: &DeviceArgs, out: &mut impl Write) -> Result<ExitCode> {
     let stop = Stop::new()?;
     stop.on_signals(args.supervised.supervised)?;
     let _leftovers = Leftovers::new(&args.supervised, &stop);
@@ -69,6 +73,13 @@ pub fn run(args: &DeviceArgs) -> Result<()> {
     };
     let server = Server::bind(&args.socket, Arc::clone(&function), options)?;
     let end = StopFd::new().context("no file descriptor is left (ulimit -n)")?;
+    let inspectable = match &args.inspect {
+        None => None,
+        Some(path) => {
+            let function = Arc::clone(&function);
+            Some(Inspectable::start(path, &stop, move || function.model().dump())?)
+        }
+    };
     if args.supervised.supervised {
         let function = Arc::clone(&function);
         stop::obey(&stop, move |_| json!({ "stats": function.model().dump() }))?;
@@ -86,7 +97,25 @@ pub fn run(args: &DeviceArgs) -> Result<()> {
     let result = server.run(&end).context("the device's socket failed");
     stop.request();
     forward.join().expect("forwarding a request cannot fail");
-    result
+    drop(inspectable);
+    result?;
+    let findings = match function.model().findings() {
+        Some(findings) => serde_json::to_value(findings).context("the sanitizer's findings")?,
+        None => Value::Null,
+    };
+    if args.json {
+        writeln!(out, "{findings}")?;
+    }
+    if args.supervised.supervised {
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(summary) = sanitizer::summary(&findings) {
+        eprintln!("{summary}");
+    }
+    Ok(match sanitizer::defects(&findings) {
+        0 => ExitCode::SUCCESS,
+        _ => ExitCode::from(sanitizer::EXIT_CODE),
+    })
 }
 
 fn config(args: &DeviceArgs) -> GruConfig {
@@ -94,6 +123,8 @@ fn config(args: &DeviceArgs) -> GruConfig {
     match args.break_check {
         Some(DeviceFault::KillBit) => broken.kill_bit = true,
         Some(DeviceFault::Drain) => broken.drain = true,
+        Some(DeviceFault::Clean) => broken.clean = true,
+        Some(DeviceFault::Unmap) => broken.unmap = true,
         None => {}
     }
     let mut faults = FaultPlan {
@@ -104,7 +135,8 @@ fn config(args: &DeviceArgs) -> GruConfig {
     match args.delay {
         Some(DeviceFault::KillBit) => faults.dropin_delay = Some(FaultPlan::DROPIN_EVERY),
         Some(DeviceFault::Drain) => faults.drain_delay = Some(FaultPlan::DRAIN_EVERY),
-        None => {}
+        // Clean and unmap need no window.
+        Some(DeviceFault::Clean | DeviceFault::Unmap) | None => {}
     }
     let standard = GruConfig::default();
     let mut config = GruConfig {
@@ -116,6 +148,7 @@ fn config(args: &DeviceArgs) -> GruConfig {
         map_tfh: args.map_tfh,
         engines: args.engines as usize,
         spin: args.spin.map_or(standard.spin, std::time::Duration::from_micros),
+        sanitize: sanitizer::wanted(args.sanitize),
         broken,
         faults,
         ..standard

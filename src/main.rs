@@ -1,6 +1,7 @@
 //! The command-line tool: parses, calls, prints.
 //!
-//! Exit codes: 0 fine, 1 error, 2 wrong usage, 3 a stale access was found; `vm` has its own.
+//! Exit codes: 0 fine, 1 error, 2 wrong usage, 3 a stale access was found, 4 a
+//! device's sanitizer has found something; `vm` has its own.
 
 mod allocations;
 mod bench;
@@ -11,7 +12,9 @@ mod device;
 mod gru_options;
 mod host;
 mod inspect;
+mod inspectable;
 mod latency;
+mod sanitizer;
 mod stop;
 mod supervise;
 mod vm;
@@ -47,7 +50,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         None => demo::run(&cli.demo, &mut out).map(exit_code),
         Some(Command::Demo(args)) => demo::run(&args, &mut out).map(exit_code),
-        Some(Command::Device(args)) => device::run(&args).map(done),
+        Some(Command::Device(args)) => device::run(&args, &mut out),
         Some(Command::Host(args)) => host::run(&args).map(done),
         Some(Command::Bench(BenchCommand::Mmio(args))) => bench::mmio::run(&args, &mut out).map(done),
         Some(Command::Bench(BenchCommand::Doorbell(args))) => bench::doorbell::run(&args, &mut out).map(done),
@@ -78,5 +81,6 @@ fn exit_code(verdict: Verdict) -> ExitCode {
         Verdict::Right => 0,
         Verdict::Wrong => 1,
         Verdict::Stale => 3,
+        Verdict::Defective => sanitizer::EXIT_CODE,
     })
 }

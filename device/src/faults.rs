@@ -12,8 +12,10 @@
 //!   store lands after it has returned. Opens the window of `drain`.
 //!
 //! What else can go wrong, every n-th time, is an [`Injection`]: `early-completion`, `lost-interrupt`,
-//! `duplicate-fault`, `delayed-restart`, `wrong-status`, `miss-cause`, `execution-error`, and for message queues
-//! `lb-overflow`, `amo-nack`, `put-nack`.
+//! `duplicate-fault`, `delayed-restart`, `wrong-status`, `stale-asid`, `miss-cause`, `execution-error`, and for message
+//! queues `lb-overflow`, `amo-nack`, `put-nack`.
+//!
+//! `clean` and `unmap` need no window: the next store through a clean entry, or access of unmapped memory, shows them.
 //!
 //! Neither of the two delays holds up the handling of invalidations: a held fill keeps no thread, and one engine at most is
 //! parked while another goes on (so `drain-delay` wants two engines).
@@ -38,6 +40,10 @@ pub struct BreakPlan {
     pub kill_bit: bool,
     /// Purges return without waiting for running accesses.
     pub drain: bool,
+    /// Stores go through entries that do not allow them.
+    pub clean: bool,
+    /// Entries outlive the unmapping of their memory.
+    pub unmap: bool,
 }
 
 /// Delays that open the windows. Defaults: none.
@@ -96,6 +102,8 @@ impl BreakPlan {
         Checks {
             kill: !self.kill_bit,
             drain: !self.drain,
+            clean: !self.clean,
+            unmap: !self.unmap,
             ..Checks::ALL
         }
     }
@@ -128,7 +136,7 @@ fn words(plan: &str) -> impl Iterator<Item = &str> {
     plan.split(',').map(str::trim).filter(|word| !word.is_empty())
 }
 
-/// `kill-bit`, `drain`, separated by commas; empty = nothing.
+/// `kill-bit`, `drain`, `clean`, `unmap`, separated by commas; empty = nothing.
 impl FromStr for BreakPlan {
     type Err = PlanError;
     fn from_str(plan: &str) -> Result<Self, PlanError> {
@@ -137,11 +145,13 @@ impl FromStr for BreakPlan {
             match word {
                 "kill-bit" => broken.kill_bit = true,
                 "drain" => broken.drain = true,
+                "clean" => broken.clean = true,
+                "unmap" => broken.unmap = true,
                 name => {
                     return Err(PlanError::Unknown {
                         name: name.to_owned(),
                         what: "break",
-                        known: "kill-bit, drain",
+                        known: "kill-bit, drain, clean, unmap",
                     });
                 }
             }
@@ -184,8 +194,8 @@ impl FromStr for FaultPlan {
                             name: name.to_owned(),
                             what: "inject",
                             known: "dropin-delay, drain-delay, early-completion, lost-interrupt, duplicate-fault, \
-                                    delayed-restart, wrong-status, miss-cause, execution-error, lb-overflow, \
-                                    amo-nack, put-nack, seed, limit-ms, margin-ms",
+                                    delayed-restart, wrong-status, stale-asid, miss-cause, execution-error, \
+                                    lb-overflow, amo-nack, put-nack, seed, limit-ms, margin-ms",
                         });
                     }
                 },

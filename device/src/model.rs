@@ -131,6 +131,10 @@ pub trait Model: Send + Sync + std::fmt::Debug {
     /// client memory, every cache is empty and registers have their reset values. Bounded in time: at
     /// most one chunk's copy, or one fill that makes its pages present, for each engine.
     fn reset(&self);
+    /// What the model's sanitizer has found; `None` when it has none, or it is off.
+    fn findings(&self) -> Option<crate::atc::Findings> {
+        None
+    }
     /// State for `tlbridge inspect` and for error reports.
     fn dump(&self) -> serde_json::Value {
         serde_json::Value::Null

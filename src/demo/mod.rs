@@ -78,6 +78,8 @@ pub enum Verdict {
     Wrong,
     /// A stale access was found.
     Stale,
+    /// The device's sanitizer has found something, and nobody else.
+    Defective,
 }
 
 /// Arguments of a child, of whatever type.
@@ -202,6 +204,9 @@ fn device_args(args: &DemoArgs) -> Vec<OsString> {
         "--engines",
         args.engines.to_string(),
     ];
+    if args.sanitize {
+        list.extend(args!["--sanitize"]);
+    }
     for (option, fault) in [("--break", args.break_check), ("--delay", args.delay)] {
         if let Some(fault @ (Fault::KillBit | Fault::Drain)) = fault {
             list.extend(args![option, fault.name()]);

@@ -8,6 +8,7 @@ use super::application::report::Report;
 use super::{Verdict, name, total};
 use crate::cli::DemoArgs;
 use crate::latency::human;
+use crate::sanitizer;
 
 /// Everything that the processes said at the end.
 #[derive(Debug)]
@@ -53,6 +54,8 @@ impl DemoResult {
             Verdict::Stale
         } else if self.application.oracles.wrong_results > 0 {
             Verdict::Wrong
+        } else if sanitizer::defects(&self.device["sanitizer"]) > 0 {
+            Verdict::Defective
         } else {
             Verdict::Right
         }
@@ -104,6 +107,7 @@ impl DemoResult {
             "application": app,
             "host": self.host,
             "device": self.device["stats"],
+            "sanitizer": self.device["sanitizer"],
             "peer": self.peer,
         })
     }
@@ -194,6 +198,10 @@ impl DemoResult {
         }
         if oracles.wrong_results > 0 {
             text.push_str(&format!("wrong results: {}\n", oracles.wrong_results));
+        }
+        if let Some(summary) = sanitizer::summary(&self.device["sanitizer"]) {
+            text.push_str(&summary);
+            text.push('\n');
         }
         text.push_str(&format!(
             "{} stale accesses (canary {}, address {}, generation {}, attached process {})\n",
@@ -294,6 +302,13 @@ mod tests {
         );
         assert_eq!(result(0).verdict(), Verdict::Right);
         assert_eq!(result(1).verdict(), Verdict::Stale);
+        for (canary, verdict) in [(0, Verdict::Defective), (1, Verdict::Stale)] {
+            let mut result = result(canary);
+            result.device["sanitizer"] =
+                json!({"defects": 2, "reports": [{"class": "dead-space", "count": 2}]});
+            assert_eq!(result.verdict(), verdict);
+            assert!(result.table().contains("2 defects in 1 reports (dead-space 2)"));
+        }
     }
 
     #[test]

@@ -17,6 +17,7 @@ use super::NO_GUEST;
 use crate::cli::{Doorbell, VmArgs, VmModel};
 use crate::demo::{ANSWER_LIMIT, args, name};
 use crate::inspect::print_text;
+use crate::sanitizer;
 use crate::stop::Stop;
 use crate::supervise::Service;
 
@@ -121,17 +122,23 @@ pub(super) fn run(
         let (guest, code) = ran?;
         Ok((code, guest.power_off()?))
     });
-    if args.device_stats {
+    let mut first = None;
+    let mut defects = 0;
+    let sanitized = sanitizer::wanted(args.sanitize);
+    if args.device_stats || sanitized {
         for (machine, device) in machines.iter().zip(&mut devices) {
-            if let Some(device) = device
-                && let Err(error) = say_stats(&machine.name, device)
-            {
-                eprintln!("tlbridge: {}the device's statistics: {error:#}", machine.name);
+            let Some(device) = device else { continue };
+            match stats(&machine.name, device, args.device_stats) {
+                Ok(found) => defects += found,
+                // Nobody knows what it has found.
+                Err(error) if sanitized && first.is_none() => {
+                    first = Some(error.context("the device's statistics").context_of(&machine.name));
+                }
+                Err(error) => eprintln!("tlbridge: {}the device's statistics: {error:#}", machine.name),
             }
         }
     }
     let mut worst = 0;
-    let mut first = None;
     for ((machine, device), ended) in machines.into_iter().zip(devices).zip(ended) {
         let name = machine.name.clone();
         match machine.end(device, ended) {
@@ -140,7 +147,16 @@ pub(super) fn run(
             Err(error) => eprintln!("tlbridge: {name}{error:#}"),
         }
     }
-    first.map_or(Ok(worst), Err)
+    match first {
+        Some(error) => Err(error),
+        None if defects == 0 => Ok(worst),
+        None => {
+            if worst != 0 {
+                eprintln!("tlbridge: the command's exit code was {worst}");
+            }
+            Ok(sanitizer::VM_EXIT_CODE)
+        }
+    }
 }
 
 /// A step of all guests, each in its thread.
@@ -294,15 +310,22 @@ impl Drop for Prefixed {
     }
 }
 
-/// What the device has counted, whatever became of the guest.
-fn say_stats(name: &str, device: &mut Service) -> Result<()> {
+/// Whatever became of the guest: what the device has counted (if asked for), and its sanitizer's findings. Defects.
+fn stats(name: &str, device: &mut Service, show: bool) -> Result<u64> {
     device.ask("stats")?;
     let dump = device.expect("stats", ANSWER_LIMIT, &Stop::new()?)?;
     let mut err = io::stderr().lock();
-    if let Some(name) = name.strip_suffix(": ") {
-        writeln!(err, "{name}").context("stderr")?;
+    if show {
+        if let Some(name) = name.strip_suffix(": ") {
+            writeln!(err, "{name}").context("stderr")?;
+        }
+        print_text(&json!({ "device": dump["stats"] }), 0, &mut err)?;
     }
-    print_text(&json!({ "device": dump["stats"] }), 0, &mut err)
+    let findings = &dump["sanitizer"];
+    if let Some(summary) = sanitizer::summary(findings) {
+        writeln!(err, "tlbridge: {name}the device's {summary}").context("stderr")?;
+    }
+    Ok(sanitizer::defects(findings))
 }
 
 fn device_args(args: &VmArgs) -> Vec<OsString> {
@@ -311,6 +334,9 @@ fn device_args(args: &VmArgs) -> Vec<OsString> {
     if args.doorbell.is_some() || !args.device_arg.iter().any(says) {
         // Strict: a guest's driver need not know of doorbells, and its register writes are posted.
         all.extend(args!["--doorbell", name(args.doorbell.unwrap_or(Doorbell::Trap))]);
+    }
+    if args.sanitize {
+        all.extend(args!["--sanitize"]);
     }
     all.extend(args.device_arg.iter().cloned());
     all

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+use crate::gru;
+
 /// The `tlbridge` binary: `TLBRIDGE_BIN`, else the one beside the test's own target directory.
 ///
 /// # Panics
@@ -190,6 +192,8 @@ pub struct Device {
     questions: ChildStdin,
     answers: BufReader<ChildStdout>,
     socket: PathBuf,
+    /// `TLBRIDGE_SANITIZE=1`, and nothing is broken: the sanitizer may find nothing.
+    faultless: bool,
     _directory: Option<TempDir>,
 }
 
@@ -231,6 +235,7 @@ impl Device {
             questions,
             answers,
             socket: socket.to_owned(),
+            faultless: gru::sanitizing() && !arguments.iter().any(|argument| breaks(argument)),
             _directory: None,
         };
         let ready = device.said("ready");
@@ -245,6 +250,15 @@ impl Device {
     pub fn stats(&mut self) -> serde_json::Value {
         writeln!(self.questions, "stats").expect("the device is gone");
         self.said("stats")["stats"].take()
+    }
+
+    /// What its sanitizer has found; null without one.
+    ///
+    /// # Panics
+    /// When the device is gone.
+    pub fn findings(&mut self) -> serde_json::Value {
+        writeln!(self.questions, "stats").expect("the device is gone");
+        self.said("stats")["sanitizer"].take()
     }
 
     fn said(&mut self, key: &str) -> serde_json::Value {
@@ -295,8 +309,19 @@ impl Device {
     }
 }
 
+/// Whether an argument of a device makes it do what it must not.
+fn breaks(argument: &str) -> bool {
+    ["--break", "--faults", "--purge-match"]
+        .iter()
+        .any(|option| argument.starts_with(option))
+}
+
 impl Drop for Device {
     fn drop(&mut self) {
+        if self.faultless && !std::thread::panicking() && self.is_running() {
+            let findings = self.findings();
+            assert_eq!(findings["defects"].as_u64(), Some(0), "{findings:#}");
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -6,7 +6,7 @@ use device::faults::{BreakPlan, FaultPlan};
 use device::gru::{Doorbell, Gru, GruConfig};
 use driver::gru::GruOptions;
 use tests::gru::rig::Rig;
-use tests::gru::{Mode, rounds};
+use tests::gru::{Mode, assert_nothing_found, rounds};
 use tests::in_process::InProcess;
 
 const FRAMES: u32 = 4096;
@@ -18,8 +18,9 @@ fn with_device(mode: Mode, options: impl Fn() -> GruOptions, body: impl Fn(&Rig)
 }
 
 fn with_config(config: GruConfig, options: GruOptions, body: impl FnOnce(&Rig)) {
-    let (backing, _model) = InProcess::build(|context| Gru::new(context, config)).expect("a GRU");
+    let (backing, device) = InProcess::build(|context| Gru::new(context, config)).expect("a GRU");
     body(&Rig::new(Arc::new(backing), options, FRAMES));
+    assert_nothing_found(&config, &device);
 }
 
 tests::gru_bodies_in_every_mode!(super::with_device);
@@ -48,55 +49,78 @@ mod congested {
 }
 
 /// The oracles see what they are for: with a check of the device switched off, and its window held open, the same
-/// bodies fail; with the window held open and the check on, they do not.
+/// bodies fail; with the window held open and the check on, they do not. The device's sanitizer names what it was.
 mod broken {
     use std::panic::{AssertUnwindSafe, catch_unwind};
 
+    use device::atc::{Defect, Findings};
+    use device::model::Model;
     use driver::gru::FaultMode;
     use tests::gru::flushes;
 
     use super::*;
 
-    fn storm(broken: BreakPlan, windows: BreakPlan) -> std::thread::Result<()> {
+    fn storm(broken: BreakPlan, windows: BreakPlan) -> (bool, Findings) {
         let config = GruConfig {
             doorbell: Doorbell::Poll,
             map_tfh: true,
+            sanitize: true,
             broken,
             faults: FaultPlan::default().with_windows_of(windows),
             ..GruConfig::default()
         };
-        catch_unwind(AssertUnwindSafe(|| {
-            with_config(config, GruOptions::default(), |rig| {
-                flushes::s2_bcopy_storm(rig, 300, 30)
-            });
-        }))
+        let (backing, device) = InProcess::build(|context| Gru::new(context, config)).expect("a GRU");
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            let rig = Rig::new(Arc::new(backing), GruOptions::default(), FRAMES);
+            flushes::s2_bcopy_storm(&rig, 300, 30);
+        }));
+        (result.is_ok(), device.findings().expect("a sanitizer"))
     }
 
     const KILL_BIT: BreakPlan = BreakPlan {
         kill_bit: true,
         drain: false,
+        clean: false,
+        unmap: false,
     };
     const DRAIN: BreakPlan = BreakPlan {
         kill_bit: false,
         drain: true,
+        clean: false,
+        unmap: false,
     };
 
     /// A stale access shows only if the thread that moves the page gets the CPU within the delay's margin, which
     /// a busy machine may not grant in one storm.
     fn finds(broken: BreakPlan) -> bool {
-        (0..5).any(|_| storm(broken, broken).is_err())
+        (0..5).any(|_| !storm(broken, broken).0)
+    }
+
+    /// The sanitizer sees each window that is really open, whoever gets the CPU; and only those.
+    fn names(broken: BreakPlan, class: Defect) {
+        let (_, findings) = storm(broken, broken);
+        assert!(findings.of(class) > 0, "{findings:#?}");
+        assert_eq!(
+            findings.of(class),
+            findings.defects - findings.defects_without_report,
+            "{findings:#?}"
+        );
+        let (good, findings) = storm(BreakPlan::default(), broken);
+        assert!(good, "the delay alone");
+        assert_eq!(findings.defects, 0, "the delay alone: {findings:#?}");
+        assert!(findings.checked > 0);
     }
 
     #[test]
     fn test_storm_when_kill_bit_is_off_finds_stale_accesses() {
         assert!(finds(KILL_BIT));
-        assert!(storm(BreakPlan::default(), KILL_BIT).is_ok(), "the delay alone");
+        names(KILL_BIT, Defect::FillAfterKill);
     }
 
     #[test]
     fn test_storm_when_drain_is_off_finds_stale_accesses() {
         assert!(finds(DRAIN));
-        assert!(storm(BreakPlan::default(), DRAIN).is_ok(), "the delay alone");
+        names(DRAIN, Defect::CompletionBeforeDrain);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The real driver on the real device over a vfio-user socket, in every doorbell mode.
 
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use device::gru::Gru;
 use device::model::Model;
@@ -10,7 +10,7 @@ use device::server::{Server, ServerOptions, StopFd};
 use driver::gru::GruOptions;
 use driver::vfio_user::VfioUserClient;
 use tests::gru::rig::Rig;
-use tests::gru::{Mode, rounds};
+use tests::gru::{Mode, assert_nothing_found, rounds};
 
 const FRAMES: u32 = 4096;
 
@@ -31,8 +31,11 @@ fn with_device(mode: Mode, options: impl Fn() -> GruOptions, body: impl Fn(&Rig)
 
 fn serve(mode: Mode, options: GruOptions, body: impl Fn(&Rig)) {
     let config = mode.config();
+    let device = OnceLock::new();
     let function = Function::new(|context| -> Result<Arc<dyn Model>, Infallible> {
-        Ok(Gru::new(context, config).expect("a GRU"))
+        let gru = Gru::new(context, config).expect("a GRU");
+        device.set(Arc::clone(&gru)).expect("built once");
+        Ok(gru)
     })
     .expect("a function");
     let directory = tempfile::tempdir().expect("a directory for the socket");
@@ -48,6 +51,7 @@ fn serve(mode: Mode, options: GruOptions, body: impl Fn(&Rig)) {
         }
         serving.join().expect("the server").expect("the server");
     });
+    assert_nothing_found(&config, device.get().expect("a device"));
 }
 
 tests::gru_bodies_in_every_mode!(super::with_device);

@@ -1,13 +1,16 @@
 //! The ATC over client memory.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
 use crate::dma::{self, DmaError, TargetCache};
 
 use super::core::{Begun, Core};
+use super::defect::{Defect, Findings, Initiator};
 use super::engine::{Engine, assert_no_guard};
 use super::reach::{Reach, Span};
+use super::shadow::Seen;
 use super::slot::Entry;
 use super::types::{
     Access, AtcConfig, AtcStats, EntryDump, Fill, FillRefused, PageSize, Purge, PurgeProgress, PurgeReport,
@@ -41,7 +44,9 @@ pub struct HooksAlreadySet;
 pub struct Atc {
     pub(super) core: Core,
     dma: Arc<dma::Space>,
-    pub(super) hooks: OnceLock<Arc<dyn Hooks>>,
+    hooks: OnceLock<Arc<dyn Hooks>>,
+    /// Accesses are shown to somebody: a sanitizer, or hooks.
+    pub(super) onlookers: AtomicBool,
 }
 
 /// A purge whose second half is owed. Until [`Atc::purge_finish`] takes it, no fill that meets the range
@@ -65,7 +70,17 @@ impl PurgeToken {
     pub fn report(&self) -> PurgeReport {
         self.begun.report
     }
+
+    /// What [`Atc::answered`] wants to know.
+    #[must_use]
+    pub fn mark(&self) -> PurgeMark {
+        PurgeMark(self.begun.number)
+    }
 }
+
+/// Which purge it was, for the sanitizer.
+#[derive(Debug, Clone, Copy)]
+pub struct PurgeMark(Option<u64>);
 
 impl Atc {
     /// An empty ATC over the client's memory; `dma` purges it from now on.
@@ -75,6 +90,7 @@ impl Atc {
             core: Core::new(&config),
             dma,
             hooks: OnceLock::new(),
+            onlookers: AtomicBool::new(config.sanitize.is_some()),
         });
         let weak: Weak<dyn TargetCache> = Arc::<Self>::downgrade(&atc);
         atc.dma.attach_cache(weak);
@@ -86,7 +102,20 @@ impl Atc {
     /// # Errors
     /// [`HooksAlreadySet`].
     pub fn set_hooks(&self, hooks: Arc<dyn Hooks>) -> Result<(), HooksAlreadySet> {
-        self.hooks.set(hooks).map_err(|_| HooksAlreadySet)
+        self.hooks.set(hooks).map_err(|_| HooksAlreadySet)?;
+        self.onlookers.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// An access, to the sanitizer, and then to whoever injects faults: an engine that is parked is known to be inside.
+    #[cold]
+    pub(super) fn show(&self, seen: Seen, tag: u64) {
+        if self.core.sanitized {
+            self.core.entered(seen);
+        }
+        if let Some(hooks) = self.hooks.get() {
+            hooks.translated(SpaceId(seen.space), seen.va, seen.access, tag);
+        }
     }
 
     /// The client's memory.
@@ -108,8 +137,16 @@ impl Atc {
     /// # Panics
     /// When `ticket` is not below [`AtcConfig::tickets`], or this thread holds a guard.
     pub fn open_miss(&self, ticket: usize, space: SpaceId, va: u64) {
+        self.open_miss_by(ticket, space, va, Initiator::default());
+    }
+
+    /// As [`Atc::open_miss`]; the sanitizer's reports say for whom.
+    ///
+    /// # Panics
+    /// As [`Atc::open_miss`].
+    pub fn open_miss_by(&self, ticket: usize, space: SpaceId, va: u64, by: Initiator) {
         assert_no_guard("a miss was opened");
-        self.core.open(ticket, space.0, va);
+        self.core.open(ticket, space.0, va, by);
     }
 
     /// The miss is answered or given up.
@@ -248,7 +285,7 @@ impl Atc {
     pub fn purge_begin_of_size(&self, what: Purge, only: Option<PageSize>) -> PurgeToken {
         assert_no_guard("a purge was started");
         let only = only.map(PageSize::shift);
-        let begun = self.core.begin_of_size(Reach::from(what), only);
+        let begun = self.core.begin_of_size(Reach::from(what), only, Some(what));
         if let Some(hooks) = self.hooks.get() {
             hooks.purge_begun(&what);
         }
@@ -268,6 +305,41 @@ impl Atc {
         report
     }
 
+    /// Sanitizer: software can see from now on that a purge is complete, because `who` has said so. Costs nothing
+    /// without one.
+    pub fn answered(&self, purge: PurgeMark, who: impl Fn() -> String) {
+        if let Some(number) = purge.0 {
+            self.core.tell(|shadow| shadow.complete(number, who));
+        }
+    }
+
+    /// Sanitizer: from now on `holder` uses exactly these spaces; none: it is gone. As soon as this has been said
+    /// once, an access of a space that nobody holds is a defect.
+    pub fn holds(&self, holder: usize, spaces: &[SpaceId]) {
+        if self.core.sanitized {
+            self.core.tell(|shadow| shadow.holds(holder, spaces));
+        }
+    }
+
+    /// Sanitizer: a defect that the model itself has found.
+    pub fn told(&self, class: Defect, at: (SpaceId, u64), by: Initiator, detail: impl FnOnce() -> String) {
+        if self.core.sanitized {
+            self.core.told(class, at, by, detail());
+        }
+    }
+
+    /// Whether [`AtcConfig::sanitize`] is on.
+    #[must_use]
+    pub fn is_sanitized(&self) -> bool {
+        self.core.sanitized
+    }
+
+    /// What the sanitizer has found; `None` without one.
+    #[must_use]
+    pub fn findings(&self) -> Option<Findings> {
+        self.core.findings()
+    }
+
     /// Counters.
     #[must_use]
     pub fn stats(&self) -> AtcStats {
@@ -284,9 +356,18 @@ impl Atc {
 impl TargetCache for Atc {
     fn purge_target(&self, iova: Range<u64>) {
         // The map's bounds are exclusive, and its "everything" ends at u64::MAX, where nothing is mapped.
-        self.purge(Purge::Target {
+        let what = Purge::Target {
             start: iova.start,
             end: iova.end,
-        });
+        };
+        if self.core.purges_targets() {
+            self.purge(what);
+        } else {
+            self.core.skip(what);
+        }
+    }
+
+    fn keeps_targets(&self) -> bool {
+        !self.core.purges_targets()
     }
 }

@@ -20,9 +20,13 @@ use std::sync::atomic::{AtomicU64 as Counter, Ordering as Relax};
 
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering, full_fence, spin_loop, yield_now};
 
+use super::defect::{Defect, Findings, Initiator};
 use super::reach::{Reach, Span, Ticket};
+use super::shadow::{Seen, Shadow};
 use super::slot::{Entry, Found, Slot};
-use super::types::{AtcConfig, AtcStats, Checks, FillRefused, Miss, PageSize, PurgeProgress, PurgeReport};
+use super::types::{
+    AtcConfig, AtcStats, Checks, FillRefused, Miss, PageSize, Purge, PurgeProgress, PurgeReport, SpaceId,
+};
 
 #[cfg(not(loom))]
 type Lock<T> = super::spin::SpinLock<T>;
@@ -64,6 +68,8 @@ struct State {
     purges: u64,
     purged: u64,
     evictions: u64,
+    /// The sanitizer. Written with what it records, read by nothing here.
+    shadow: Option<Box<Shadow>>,
 }
 
 /// A purge between its two halves.
@@ -72,6 +78,8 @@ pub(super) struct Begun {
     reach: Reach,
     /// Where it is in `active`; `None`: nowhere, it counts as `unlisted`.
     place: Option<usize>,
+    /// The sanitizer's number for it.
+    pub(super) number: Option<u64>,
     pub(super) report: PurgeReport,
 }
 
@@ -98,6 +106,10 @@ pub(super) struct Core {
     engines: Box<[EngineSlot]>,
     state: Lock<State>,
     checks: Checks,
+    /// There is a shadow.
+    pub(super) sanitized: bool,
+    /// Number of the last event that the shadow has recorded.
+    events: Counter,
     drain_warning: std::time::Duration,
     drain_waits: Counter,
     drain_spins: Counter,
@@ -134,8 +146,14 @@ impl Core {
                 purges: 0,
                 purged: 0,
                 evictions: 0,
+                shadow: config.sanitize.map(|names| {
+                    let engines = config.engines.max(1);
+                    Box::new(Shadow::new(names, sets * ways, config.tickets, engines))
+                }),
             }),
             checks: config.checks,
+            sanitized: config.sanitize.is_some(),
+            events: Counter::new(0),
             drain_warning: config.drain_warning,
             drain_waits: Counter::new(0),
             drain_spins: Counter::new(0),
@@ -262,17 +280,21 @@ impl Core {
     // ---- misses and fills ----
 
     /// Publish a miss. A ticket that is open already starts over.
-    pub(super) fn open(&self, ticket: usize, space: u64, va: u64) {
-        self.state.lock().tickets[ticket] = Ticket {
+    pub(super) fn open(&self, ticket: usize, space: u64, va: u64, by: Initiator) {
+        let mut state = self.state.lock();
+        state.tickets[ticket] = Ticket {
             open: true,
             space,
             va,
             ..Ticket::CLOSED
         };
+        self.record(&mut state, |shadow| shadow.opened(ticket, by));
     }
 
     pub(super) fn close(&self, ticket: usize) {
-        self.state.lock().tickets[ticket] = Ticket::CLOSED;
+        let mut state = self.state.lock();
+        state.tickets[ticket] = Ticket::CLOSED;
+        self.record(&mut state, |shadow| shadow.closed(ticket));
     }
 
     /// The ticket, if it is open.
@@ -304,8 +326,11 @@ impl Core {
             state.refused += 1;
             return Err(refused);
         }
-        self.install(&mut state, entry);
+        let slot = self.install(&mut state, entry);
         state.fills += 1;
+        self.record(&mut state, |shadow| shadow.filled(slot, ticket, entry));
+        drop(state);
+        self.say();
         Ok(())
     }
 
@@ -338,7 +363,8 @@ impl Core {
         self.state.lock().refused += 1;
     }
 
-    fn install(&self, state: &mut State, entry: &Entry) {
+    /// Where it is now.
+    fn install(&self, state: &mut State, entry: &Entry) -> usize {
         let set = self.set(entry.space, entry.va >> entry.shift, entry.shift);
         let ways = set * self.ways..(set + 1) * self.ways;
         let key = Entry::key(entry.va, entry.shift);
@@ -367,6 +393,7 @@ impl Core {
         }
         self.slots[slot].write(entry);
         self.count(state, entry.shift, true);
+        slot
     }
 
     /// A free slot of the set, else the first that was not used since the hand came by (clock).
@@ -410,11 +437,12 @@ impl Core {
     /// Become active, widen the misses, clear the entries.
     #[cfg(all(test, loom))]
     pub(super) fn begin(&self, reach: Reach) -> Begun {
-        self.begin_of_size(reach, None)
+        self.begin_of_size(reach, None, None)
     }
 
     /// As the head says; only entries of shift `only` are cleared, if given. Misses are widened by overlap in any case.
-    pub(super) fn begin_of_size(&self, reach: Reach, only: Option<u8>) -> Begun {
+    /// `what`: for the sanitizer.
+    pub(super) fn begin_of_size(&self, reach: Reach, only: Option<u8>, what: Option<Purge>) -> Begun {
         let mut state = self.state.lock();
         let place = state.active.iter().position(Option::is_none);
         match place {
@@ -439,9 +467,11 @@ impl Core {
         };
         state.purges += 1;
         state.purged += entries as u64;
+        let number = what.and_then(|what| self.record(&mut state, |shadow| shadow.begun(what)));
         Begun {
             reach,
             place,
+            number,
             report: PurgeReport {
                 entries,
                 tickets,
@@ -457,6 +487,7 @@ impl Core {
             self.drain(&mut report, None);
         }
         self.retire(&begun);
+        self.say();
         report
     }
 
@@ -476,6 +507,12 @@ impl Core {
                 assert_eq!(was, Some(begun.reach), "a purge finished in another one's place");
             }
             None => state.unlisted -= 1,
+        }
+        if let Some(number) = begun.number {
+            self.record(&mut state, |shadow| {
+                shadow.complete(number, || "has returned".into());
+                shadow.finished(number);
+            });
         }
     }
 
@@ -587,6 +624,81 @@ impl Core {
         self.slots[slot].clear();
         self.count(state, entry.shift, false);
         true
+    }
+
+    // ---- the sanitizer ----
+
+    /// Records an event, if there is a shadow, in the critical section in which it happens.
+    fn record<R>(&self, state: &mut State, event: impl FnOnce(&mut Shadow) -> R) -> Option<R> {
+        let shadow = state.shadow.as_deref_mut()?;
+        let result = event(shadow);
+        // Release: whoever reads it and then looks an entry up sees what the event has done to the slots.
+        self.events.store(shadow.events(), Relax::Release);
+        Some(result)
+    }
+
+    /// As [`Core::record`], for what happens nowhere else; new reports are printed.
+    pub(super) fn tell<R>(&self, event: impl FnOnce(&mut Shadow) -> R) -> Option<R> {
+        let result = self.record(&mut self.state.lock(), event);
+        self.say();
+        result
+    }
+
+    /// Number of the last event.
+    #[inline]
+    pub(super) fn events(&self) -> u64 {
+        self.events.load(Relax::Acquire)
+    }
+
+    /// An access has found what it says, and is inside.
+    #[cold]
+    pub(super) fn entered(&self, seen: Seen) {
+        let first = self.set(seen.space, seen.va >> seen.shift, seen.shift) * self.ways;
+        self.tell(|shadow| shadow.entered(seen, first..first + self.ways));
+    }
+
+    /// The engine is about to leave its access.
+    #[cold]
+    pub(super) fn leaving(&self, engine: usize) {
+        self.record(&mut self.state.lock(), |shadow| shadow.left(engine));
+    }
+
+    pub(super) fn purges_targets(&self) -> bool {
+        self.checks.unmap
+    }
+
+    /// A purge of memory that is not carried out: an injected fault.
+    pub(super) fn skip(&self, what: Purge) {
+        self.tell(|shadow| {
+            let number = shadow.begun(what);
+            shadow.finished(number);
+        });
+    }
+
+    /// A defect that a model has found.
+    pub(super) fn told(&self, class: Defect, at: (SpaceId, u64), by: Initiator, detail: String) {
+        self.tell(|shadow| shadow.told(class, at, by, detail));
+    }
+
+    pub(super) fn findings(&self) -> Option<Findings> {
+        self.state.lock().shadow.as_deref().map(Shadow::findings)
+    }
+
+    /// Prints what is new. Not under the lock: it is a spin lock.
+    fn say(&self) {
+        if !self.sanitized {
+            return;
+        }
+        let fresh = {
+            let mut state = self.state.lock();
+            match state.shadow.as_deref_mut() {
+                Some(shadow) if shadow.has_fresh() => shadow.fresh(),
+                _ => return,
+            }
+        };
+        for report in fresh {
+            tracing::error!("{report}");
+        }
     }
 
     // ---- looking in from outside ----

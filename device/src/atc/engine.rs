@@ -4,12 +4,14 @@
 use std::cell::Cell;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::dma::{Lost, Window, lost};
 
 use super::CHUNK;
 use super::cache::Atc;
+use super::defect::Initiator;
+use super::shadow::Seen;
 use super::types::{Access, Miss, SpaceId};
 
 thread_local! {
@@ -32,17 +34,28 @@ pub(crate) fn assert_no_guard(what: &str) {
 pub struct Engine {
     atc: Arc<Atc>,
     slot: usize,
+    by: Initiator,
 }
 
 impl Engine {
     pub(super) fn new(atc: Arc<Atc>, slot: usize) -> Self {
-        Self { atc, slot }
+        Self {
+            atc,
+            slot,
+            by: Initiator::default(),
+        }
     }
 
     /// The ATC it belongs to.
     #[must_use]
     pub fn atc(&self) -> &Arc<Atc> {
         &self.atc
+    }
+
+    /// For whom the next accesses are: the sanitizer's reports say so.
+    #[inline]
+    pub fn works_for(&mut self, by: Initiator) {
+        self.by = by;
     }
 
     /// Translate, and hold the translation: until the guard is dropped no purge of it completes.
@@ -55,6 +68,7 @@ impl Engine {
     #[inline]
     pub fn access(&mut self, space: SpaceId, va: u64, len: u64, access: Access) -> Result<Guard<'_>, Miss> {
         let write = access == Access::Write;
+        let after = self.atc.core.events();
         let (found, shift) = self.atc.core.access(self.slot, space.0, va, write)?;
         HELD.set(HELD.get() + 1);
         let page = 1u64 << shift;
@@ -73,8 +87,19 @@ impl Engine {
             page_left: page - offset,
             engine: self,
         };
-        if let Some(hooks) = guard.engine.atc.hooks.get() {
-            hooks.translated(space, va, access, found.tag);
+        if guard.engine.atc.onlookers.load(Ordering::Relaxed) {
+            let seen = Seen {
+                engine: guard.engine.slot,
+                after,
+                space: space.0,
+                va,
+                len,
+                shift,
+                host: found.host,
+                access,
+                by: guard.engine.by,
+            };
+            guard.engine.atc.show(seen, found.tag);
         }
         Ok(guard)
     }
@@ -204,6 +229,10 @@ impl Drop for Guard<'_> {
     #[inline]
     fn drop(&mut self) {
         HELD.set(HELD.get() - 1);
-        self.engine.atc.core.leave(self.engine.slot);
+        let core = &self.engine.atc.core;
+        if core.sanitized {
+            core.leaving(self.engine.slot);
+        }
+        core.leave(self.engine.slot);
     }
 }

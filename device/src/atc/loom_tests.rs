@@ -16,6 +16,7 @@ use loom::sync::{Condvar, Mutex};
 use loom::thread;
 
 use super::core::Core;
+use super::defect::Initiator;
 use super::reach::Reach;
 use super::slot::Entry;
 use super::spin::SpinLock;
@@ -92,7 +93,7 @@ fn page(va: u64) -> Reach {
 
 /// Before the threads start.
 fn preload(core: &Core, entry: &Entry) {
-    core.open(0, entry.space, entry.va);
+    core.open(0, entry.space, entry.va, Initiator::default());
     core.fill(0, entry).expect("fill without a purge");
     core.close(0);
 }
@@ -212,7 +213,7 @@ fn purgers_and_filler(checks: Checks) {
     let filler = {
         let (core, table) = (Arc::clone(&core), Arc::clone(&table));
         thread::spawn(move || {
-            core.open(0, SPACE, 0);
+            core.open(0, SPACE, 0, Initiator::default());
             let tag = table.load(Ordering::Relaxed);
             let _ = core.fill(0, &entry(0, 12, tag));
         })
@@ -247,7 +248,7 @@ fn filler_inside_a_purge(checks: Checks) {
     let filler = {
         let core = Arc::clone(&core);
         thread::spawn(move || {
-            core.open(0, SPACE, 0);
+            core.open(0, SPACE, 0, Initiator::default());
             let _ = core.fill(0, &entry(0, 12, 1));
         })
     };
@@ -284,7 +285,7 @@ fn large_fill(checks: Checks) {
     let filler = {
         let (core, table) = (Arc::clone(&core), Arc::clone(&table));
         thread::spawn(move || {
-            core.open(0, SPACE, 0);
+            core.open(0, SPACE, 0, Initiator::default());
             let tag = table.load(Ordering::Relaxed);
             let _ = core.fill(0, &entry(0, 21, tag));
         })
@@ -431,7 +432,7 @@ fn copy_that_misses(hold: bool) {
         core.leave(0);
     }
     for round in 1.. {
-        core.open(0, SPACE, 0x1000);
+        core.open(0, SPACE, 0x1000, Initiator::default());
         missed.set(round);
         answered.wait_for(round);
         if filled.load(Ordering::Relaxed) {

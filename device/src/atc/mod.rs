@@ -4,6 +4,8 @@
 //! request whose return is the invalidate completion. The protocol is in `core.rs`; this file adds what
 //! the protocol does not know: mappings and pointers.
 //!
+//! With [`AtcConfig::sanitize`] a record of its own (`shadow.rs`) looks on and finds contradictions: [`Atc::findings`].
+//!
 //! Rules for callers:
 //! * [`Engine::access`] first; on a [`Miss`] drop everything, [`Atc::open_miss`], tell software, and let
 //!   the thread go on with something else. The answer comes as [`Atc::fill`].
@@ -13,11 +15,13 @@
 #[cfg(not(loom))]
 mod cache;
 mod core;
+mod defect;
 #[cfg(not(loom))]
 mod engine;
 #[cfg(all(test, loom))]
 mod loom_tests;
 mod reach;
+mod shadow;
 mod slot;
 mod spin;
 #[cfg(all(test, not(loom)))]
@@ -25,7 +29,8 @@ mod tests;
 mod types;
 
 #[cfg(not(loom))]
-pub use cache::{Atc, Hooks, HooksAlreadySet, PurgeToken};
+pub use cache::{Atc, Hooks, HooksAlreadySet, PurgeMark, PurgeToken};
+pub use defect::{Defect, EntryLife, Findings, Initiator, Names, PurgeLife, Report, Stamp};
 #[cfg(not(loom))]
 pub(crate) use engine::assert_no_guard;
 #[cfg(not(loom))]

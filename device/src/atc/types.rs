@@ -77,6 +77,8 @@ pub struct Checks {
     pub drain: bool,
     /// A store through a clean entry is refused.
     pub clean: bool,
+    /// Memory that is unmapped takes its entries with it. (Whoever switches it off keeps the memory mapped.)
+    pub unmap: bool,
     /// Model checking only: the full fence between publishing an access and looking an entry up.
     #[cfg(loom)]
     pub fence: bool,
@@ -101,6 +103,7 @@ impl Checks {
         clear: true,
         drain: true,
         clean: true,
+        unmap: true,
         #[cfg(loom)]
         fence: true,
         #[cfg(loom)]
@@ -131,6 +134,8 @@ pub struct AtcConfig {
     pub engines: usize,
     /// What is switched on.
     pub checks: Checks,
+    /// A record of its own looks for broken promises, and speaks of them with these words. Off: costs nothing but a branch.
+    pub sanitize: Option<super::defect::Names>,
     /// A drain that takes longer says so once, and keeps waiting: it cannot return before the engine
     /// has left, and killing the process that holds it up is the business of whoever waits.
     pub drain_warning: std::time::Duration,
@@ -144,6 +149,7 @@ impl Default for AtcConfig {
             tickets: 128,
             engines: 16,
             checks: Checks::ALL,
+            sanitize: None,
             drain_warning: std::time::Duration::from_secs(1),
         }
     }

@@ -71,6 +71,12 @@ pub trait TargetCache: Send + Sync {
     /// Forget everything whose target meets `iova`. When this returns no access through it is running
     /// or can start.
     fn purge_target(&self, iova: Range<u64>);
+
+    /// An injected fault: it does not forget. The memory behind it has to stay, so that what it shows is old contents
+    /// and not an address where nothing is.
+    fn keeps_targets(&self) -> bool {
+        false
+    }
 }
 
 /// Why the client's memory cannot be mapped, unmapped or reached.

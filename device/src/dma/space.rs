@@ -20,6 +20,8 @@ pub struct Space {
     /// Lock order: `table` before a cache's own lock; `caches` is never held while anything else is.
     table: RwLock<Table>,
     caches: Mutex<Vec<Weak<dyn TargetCache>>>,
+    /// Mappings that an injected fault keeps alive ([`TargetCache::keeps_targets`]). Leaf lock.
+    kept: Mutex<Vec<Memory>>,
     /// Taken with or without `table`, held for no call.
     messenger: Mutex<Option<Arc<dyn Messenger>>>,
     limit: usize,
@@ -186,6 +188,7 @@ impl Space {
                 quiet: 0,
             }),
             caches: Mutex::new(Vec::new()),
+            kept: Mutex::new(Vec::new()),
             messenger: Mutex::new(None),
             counters: Counters::default(),
         })
@@ -291,23 +294,32 @@ impl Space {
             return;
         }
         self.abort_messages(iova.clone());
-        self.purge_caches(iova);
+        let keep = self.purge_caches(iova);
         self.counters
             .unmaps
             .fetch_add(dead.len() as u64, Ordering::Relaxed);
+        if keep {
+            self.kept
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .extend(dead);
+            return;
+        }
         // munmap: only now, everybody is out.
         drop(dead);
     }
 
-    fn purge_caches(&self, iova: Range<u64>) {
+    /// Whether a cache still points there.
+    fn purge_caches(&self, iova: Range<u64>) -> bool {
         let caches: Vec<_> = {
             let mut caches = self.caches.lock().unwrap_or_else(PoisonError::into_inner);
             caches.retain(|cache| cache.strong_count() > 0);
             caches.iter().filter_map(Weak::upgrade).collect()
         };
-        for cache in caches {
+        for cache in &caches {
             cache.purge_target(iova.clone());
         }
+        caches.iter().any(|cache| cache.keeps_targets())
     }
 
     /// PCI command register, bit 2. Switching it off purges every attached cache and returns when no

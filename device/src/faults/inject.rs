@@ -18,6 +18,8 @@ pub enum Injection {
     DelayedRestart,
     /// A TGH or a TFH is executed, and its status says EXCEPTION all the same.
     WrongStatus,
+    /// A START does not load the region registers: the context goes on with the ASIDs that it had.
+    StaleAsid,
     /// A miss is reported with a hardware error's cause (each in turn).
     MissCause,
     /// An instruction ends with EXECUTION_HW_ERROR before it has done anything.
@@ -32,12 +34,13 @@ pub enum Injection {
 
 impl Injection {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::EarlyCompletion,
         Self::LostInterrupt,
         Self::DuplicateFault,
         Self::DelayedRestart,
         Self::WrongStatus,
+        Self::StaleAsid,
         Self::MissCause,
         Self::ExecutionError,
         Self::LbOverflow,
@@ -54,6 +57,7 @@ impl Injection {
             Self::DuplicateFault => "duplicate-fault",
             Self::DelayedRestart => "delayed-restart",
             Self::WrongStatus => "wrong-status",
+            Self::StaleAsid => "stale-asid",
             Self::MissCause => "miss-cause",
             Self::ExecutionError => "execution-error",
             Self::LbOverflow => "lb-overflow",

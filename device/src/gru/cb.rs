@@ -15,6 +15,7 @@ use super::chiplet::{CbrState, Chiplet, Context, Phase, bits};
 use super::engine::Bench;
 use super::hardware::Hardware;
 use super::instructions::{Env, Operation, Step, Stop};
+use crate::atc::Initiator;
 use crate::faults::Injection;
 
 /// A polling CBR rests between its looks, longer each time: no engine spins for it.
@@ -54,7 +55,13 @@ impl Hardware {
 
     fn has_work(&self, chiplet: &Chiplet, (number, logical): (usize, usize), cbr: usize) -> bool {
         match chiplet.cbrs[cbr].phase() {
-            Phase::Ready => !self.rests(chiplet, cbr),
+            Phase::Ready => {
+                let rests = self.rests(chiplet, cbr);
+                if rests {
+                    self.watch_passed_by(chiplet, cbr);
+                }
+                !rests
+            }
             Phase::Idle => {
                 self.memory
                     .word(chiplet.cb(number, logical))
@@ -67,7 +74,7 @@ impl Hardware {
         }
     }
 
-    fn rests(&self, chiplet: &Chiplet, cbr: usize) -> bool {
+    pub(super) fn rests(&self, chiplet: &Chiplet, cbr: usize) -> bool {
         let until = chiplet.cbrs[cbr].rests_until.load(Ordering::Relaxed);
         until != 0 && self.now() < until
     }
@@ -117,8 +124,10 @@ impl Hardware {
             },
             Phase::MissFmm | Phase::MissUpm => return false,
         };
+        let engine = &mut bench.engines[chiplet.index];
+        engine.works_for(Initiator::new(owner.0, cbr));
         let mut env = Env {
-            engine: &mut bench.engines[chiplet.index],
+            engine,
             context,
             memory: &self.memory,
             ds: chiplet.ds(owner.0),

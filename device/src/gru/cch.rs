@@ -19,6 +19,7 @@ use protos::gru::{HandleStatus, cb, cbe, map};
 
 use super::chiplet::{CbrState, Chiplet, Context, Phase, bits};
 use super::hardware::Hardware;
+use crate::faults::Injection;
 
 /// States of a chiplet's contexts. The state field of a CCH is only its image: software writes that word.
 #[derive(Debug, Default)]
@@ -150,6 +151,7 @@ impl Hardware {
                     self.resume(chiplet, (number, logical), *cbr, held, fresh);
                 }
                 self.load_registers(chiplet, number, command);
+                self.watch_start(chiplet, number);
                 *state = State::ACTIVE;
                 context.set_open(true);
                 chiplet.active.fetch_or(1 << number, Ordering::SeqCst);
@@ -175,6 +177,7 @@ impl Hardware {
                     };
                     self.set_interrupted(chiplet, *cbr, state);
                 }
+                chiplet.atc.holds(number, &[]);
                 *state = State::INTERRUPTED;
                 Outcome::Done
             }
@@ -293,13 +296,16 @@ impl Hardware {
     fn load_registers(&self, chiplet: &Chiplet, number: usize, command: Control) {
         let (context, base) = (&chiplet.contexts[number], chiplet.cch(number));
         context.control.store(command.into_bits(), Ordering::Relaxed);
+        let stale = self.injector.strikes(Injection::StaleAsid).is_some();
         for region in 0..cch::REGIONS {
             let pair = self
                 .memory
                 .word(base + cch::ASID + region as u64 / 2 * 8)
                 .load(Ordering::Acquire);
             let asid = (pair >> (region % 2 * 32)) as u32 & 0xff_ffff;
-            context.asid[region].store(asid, Ordering::Relaxed);
+            if !stale {
+                context.asid[region].store(asid, Ordering::Relaxed);
+            }
             let four = self
                 .memory
                 .word(base + cch::SIZEAVAIL + region as u64 / 4 * 8)

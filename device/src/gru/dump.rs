@@ -9,7 +9,7 @@ use protos::gru::cch;
 use super::cch::physical_cbrs;
 use super::chiplet::bits;
 use super::hardware::Hardware;
-use crate::atc::AtcStats;
+use crate::atc::{AtcStats, Findings};
 use crate::faults::FaultStats;
 
 /// TLB entries of a chiplet that a dump lists.
@@ -81,13 +81,29 @@ pub(super) fn stats(hardware: &Hardware) -> GruStats {
     }
 }
 
+pub(super) fn findings(hardware: &Hardware) -> Option<Findings> {
+    hardware
+        .chiplets
+        .iter()
+        .filter_map(|chiplet| chiplet.atc.findings())
+        .reduce(|mut all, more| {
+            all.add(more);
+            all
+        })
+}
+
 pub(super) fn dump(hardware: &Hardware) -> Value {
     let chiplets: Vec<Value> = hardware
         .chiplets
         .iter()
         .map(|chiplet| dump_chiplet(hardware, chiplet))
         .collect();
-    json!({ "model": "gru", "stats": stats(hardware), "chiplets": chiplets })
+    json!({
+        "model": "gru",
+        "stats": stats(hardware),
+        "chiplets": chiplets,
+        "sanitizer": findings(hardware),
+    })
 }
 
 fn dump_chiplet(hardware: &Hardware, chiplet: &super::chiplet::Chiplet) -> Value {

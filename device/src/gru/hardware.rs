@@ -156,6 +156,9 @@ impl Hardware {
                 chiplet.atc.close_miss(number);
             }
             chiplet.atc.purge(crate::atc::Purge::All);
+            for context in 0..map::CONTEXTS {
+                chiplet.atc.holds(context, &[]);
+            }
         }
         self.held_fills.forget();
         self.trapped.clear();

@@ -33,6 +33,7 @@ mod tfm;
 mod tgh;
 mod trapped;
 mod wake;
+mod watch;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -42,7 +43,7 @@ use std::time::{Duration, Instant};
 
 use protos::gru::{cbe, cch as cch_words, map, pci, tfh as tfh_words};
 
-use crate::atc::{self, Atc, AtcConfig};
+use crate::atc::{self, Atc, AtcConfig, Findings, Names};
 use crate::faults::{BreakPlan, FaultPlan, HeldFills, Injector, Parking};
 use crate::model::{AccessError, BarMmap, BarSpec, Identity, IoEventFd, Model, ModelContext, MsixSpec};
 
@@ -148,6 +149,8 @@ pub struct GruConfig {
     pub fatal_fault_ecause: u8,
     /// Refuse fills whose page-size code the context's sizeavail does not list.
     pub check_sizeavail: bool,
+    /// A sanitizer looks on ([`Model::findings`]).
+    pub sanitize: bool,
     /// Checks that are switched off, to show what they are for.
     pub broken: BreakPlan,
     /// Delays; those that `broken` needs are added.
@@ -171,6 +174,7 @@ impl Default for GruConfig {
             regions: Regions::Three,
             fatal_fault_ecause: cbe::ecause::OS_FATAL_TLB_FAULT.trailing_zeros() as u8,
             check_sizeavail: true,
+            sanitize: false,
             broken: BreakPlan::default(),
             faults: FaultPlan::default(),
         }
@@ -279,7 +283,19 @@ impl Gru {
         };
         let parking = Parking::new(&plan, on_park);
         let chiplets: Vec<_> = (0..map::CHIPLETS)
-            .map(|index| chiplet::Chiplet::new(index, Atc::new(atc_config, Arc::clone(&context.dma))))
+            .map(|index| {
+                let names = Names {
+                    unit: "chiplet",
+                    number: index,
+                    space: "ASID",
+                    queue: "CBR",
+                };
+                let atc_config = AtcConfig {
+                    sanitize: config.sanitize.then_some(names),
+                    ..atc_config
+                };
+                chiplet::Chiplet::new(index, Atc::new(atc_config, Arc::clone(&context.dma)))
+            })
             .collect();
         if let Some(parking) = &parking {
             for chiplet in &chiplets {
@@ -485,6 +501,10 @@ impl Model for Gru {
 
     fn reset(&self) {
         self.hardware.reset();
+    }
+
+    fn findings(&self) -> Option<Findings> {
+        dump::findings(&self.hardware)
     }
 
     fn dump(&self) -> serde_json::Value {

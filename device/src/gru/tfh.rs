@@ -18,7 +18,7 @@ use protos::gru::{HandleStatus, cb, page_size};
 
 use super::chiplet::{CbrState, Chiplet, Phase, bits};
 use super::hardware::Hardware;
-use crate::atc::{Fill, FillRefused, PageSize, SpaceId};
+use crate::atc::{Fill, FillRefused, Initiator, PageSize, SpaceId};
 use crate::faults::Injection;
 
 /// What injected misses give as their cause: all of them count as writes for the driver (`cause & 2`).
@@ -50,7 +50,10 @@ impl Hardware {
         let asid = context.asid_of(fault.va, self.config.regions);
         self.counters.misses.bump();
         // Every purge from here on is collected; only then may software learn of the miss.
-        chiplet.atc.open_miss(cbr, SpaceId(u64::from(asid)), fault.va);
+        let by = Initiator::new(number, cbr);
+        chiplet
+            .atc
+            .open_miss_by(cbr, SpaceId(u64::from(asid)), fault.va, by);
         let fault_map = control.tfm_fault_bit_enable();
         let (phase, state) = if fault_map {
             self.counters.misses_in_fault_map.bump();
@@ -266,10 +269,12 @@ impl Hardware {
 
     /// Writes status and state absolutely; cause, ctxnum and cb_int stay for dumps.
     fn answer(&self, chiplet: &Chiplet, cbr: usize, status: HandleStatus, state: State) {
+        let decided = status;
         let status = match self.injector.strikes(Injection::WrongStatus) {
             Some(_) => HandleStatus::EXCEPTION,
             None => status,
         };
+        self.watch_tfh(chiplet, cbr, decided, status);
         let changed = |word| {
             let control = Control::from_bits(word).with_cmd(false).with_status(status);
             Some(control.with_state(state).into_bits())

@@ -20,16 +20,17 @@ pub(super) fn vector(chiplet: usize, tfm: usize) -> u32 {
 impl Hardware {
     /// A fault-map miss of `cbr`; the TFH is already valid.
     pub(super) fn tfm_fault(&self, chiplet: &Chiplet, tfm: usize, cbr: usize, interrupt: bool) {
+        self.watch_fault_bit(chiplet, tfm, cbr);
         self.tfm_set(chiplet, tfm, map::tfm::FAULT_BITS, cbr);
         if interrupt {
-            self.tfm_raise(chiplet, tfm);
+            self.tfm_raise(chiplet, tfm, cbr);
         }
     }
 
-    fn tfm_raise(&self, chiplet: &Chiplet, tfm: usize) {
-        if self.injector.strikes(Injection::LostInterrupt).is_none() {
-            self.interrupts.trigger(vector(chiplet.index, tfm));
-        }
+    fn tfm_raise(&self, chiplet: &Chiplet, tfm: usize, cbr: usize) {
+        let lost = self.injector.strikes(Injection::LostInterrupt).is_some();
+        let raised = (!lost).then(|| self.interrupts.trigger(vector(chiplet.index, tfm)));
+        self.watch_vector(chiplet, tfm, cbr, raised);
     }
 
     /// `cbr` has finished an instruction that asked for an interrupt (section 13). As for misses, the bit and the
@@ -37,11 +38,11 @@ impl Hardware {
     pub(super) fn tfm_done(&self, chiplet: &Chiplet, tfm: usize, cbr: usize, interrupt: bool) {
         self.tfm_set(chiplet, tfm, map::tfm::DONE_BITS, cbr);
         if interrupt {
-            self.tfm_raise(chiplet, tfm);
+            self.tfm_raise(chiplet, tfm, cbr);
         }
     }
 
-    fn tfm_set(&self, chiplet: &Chiplet, tfm: usize, bits: u64, cbr: usize) {
+    pub(super) fn tfm_set(&self, chiplet: &Chiplet, tfm: usize, bits: u64, cbr: usize) {
         let at = chiplet.tfm(tfm) + bits + cbr as u64 / 64 * 8;
         self.memory.word(at).fetch_or(1 << (cbr % 64), Ordering::Release);
     }

@@ -17,7 +17,7 @@ use protos::gru::{HandleStatus, map, page_size};
 use super::PurgeMatch;
 use super::chiplet::Chiplet;
 use super::hardware::Hardware;
-use crate::atc::{PageSize, Purge, SpaceId};
+use crate::atc::{PageSize, Purge, PurgeMark, SpaceId};
 use crate::faults::Injection;
 
 /// DW0 bits that the device owns: cmd, status, state, cause.
@@ -137,28 +137,33 @@ impl Hardware {
                 .and_then(PageSize::new)
                 .filter(|_| exact && !scope.global());
             let token = chiplet.atc.purge_begin_of_size(purge, only);
+            let mark = token.mark();
             let early = self.injector.strikes(Injection::EarlyCompletion).is_some();
             if early {
-                self.tgh_answer(chiplet, handle);
+                self.tgh_answer(chiplet, handle, Some(mark));
             }
             let report = chiplet.atc.purge_finish(token);
             self.counters.tgh_purges.bump();
             tracing::trace!(chiplet = chiplet.index, handle, ?scoped, ?report, "TLBINV");
-            if early {
-                return;
+            if !early {
+                self.tgh_answer(chiplet, handle, Some(mark));
             }
+            return;
         }
-        self.tgh_answer(chiplet, handle);
+        self.tgh_answer(chiplet, handle, None);
     }
 
     /// Everything that the purge promises is done before software can see idle. An atomic AND: software's delresp may
     /// change under us, everything else is set absolutely.
-    fn tgh_answer(&self, chiplet: &Chiplet, handle: usize) {
+    fn tgh_answer(&self, chiplet: &Chiplet, handle: usize, purge: Option<PurgeMark>) {
         let word = self.memory.word(chiplet.tgh(handle) + tgh::CONTROL);
+        let injected = self.injector.strikes(Injection::WrongStatus);
+        let status = injected.map_or(HandleStatus::IDLE, |_| HandleStatus::EXCEPTION);
+        self.watch_tgh(chiplet, handle, purge, status);
         fence(Ordering::Release);
-        if let Some(count) = self.injector.strikes(Injection::WrongStatus) {
+        if let Some(count) = injected {
             let wrong = Control::new()
-                .with_status(HandleStatus::EXCEPTION)
+                .with_status(status)
                 .with_cause((count % 7) as u8)
                 .into_bits();
             let answered = |word: u64| Some(word & !DEVICE_BITS | wrong);

@@ -11,6 +11,7 @@ mod instructions;
 mod invalidate;
 mod issue;
 mod ktest;
+mod late;
 mod memory;
 mod numbers;
 mod queue;
@@ -82,6 +83,8 @@ enum Test {
         #[arg(long, default_value = "/lab/modules")]
         modules: PathBuf,
     },
+    /// Stores that are under way when their page is taken away.
+    LateStore,
     /// Prints the driver's counters.
     Statistics,
     /// Takes the device away from open contexts. Needs root; nothing works afterwards until gru.ko is loaded anew.
@@ -133,6 +136,7 @@ fn run(cli: &Cli) -> Outcome {
         Test::StaleDropin => stale::run(&gru, rounds(150)),
         Test::Invalidate => invalidate::run(&gru, rounds(100)),
         Test::Reload { .. } | Test::InvalidateFloor => unreachable!("run above"),
+        Test::LateStore => late::run(&gru, rounds(20)),
         Test::Statistics => statistics::print(),
         Test::Unplug => unplug::run(&gru),
         Test::Found { fault } => found::run(&gru, *fault, rounds(1000)),

@@ -45,14 +45,21 @@ pub fn run(gru: &Gru, rounds: u64) -> Outcome {
 }
 
 /// Two pages of a file, seen at a fixed place and, one after the other, through a window.
-struct Pages {
-    file: std::os::fd::OwnedFd,
-    fixed: Region,
-    window: Region,
+pub struct Pages {
+    /// The file.
+    pub file: std::os::fd::OwnedFd,
+    /// Both.
+    pub fixed: Region,
+    /// At first the first.
+    pub window: Region,
 }
 
 impl Pages {
-    fn new() -> Result<Self> {
+    /// New ones.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn new() -> Result<Self> {
         let file = memory_file(2 * PAGE)?;
         let fixed = Region::shared(&file, 2 * PAGE)?;
         let window = Region::shared(&file, PAGE)?;

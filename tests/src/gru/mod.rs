@@ -2,7 +2,8 @@
 //!
 //! `tests/gru_in_process.rs` and `tests/gru_vfio_user.rs` choose the backing, and get one test for each body and
 //! each mode of the device by [`gru_bodies_in_every_mode`](crate::gru_bodies_in_every_mode). `TLBRIDGE_GRU_ROUNDS`
-//! says how often each runs, on a new device each time (once without it; `cargo xtask soak` sets it).
+//! says how often each runs, on a new device each time (once without it; `cargo xtask soak` sets it), and
+//! `TLBRIDGE_SANITIZE=1` has the device's sanitizer look on.
 
 pub mod contexts;
 pub mod faults;
@@ -13,7 +14,9 @@ pub mod messages;
 pub mod page_table;
 pub mod rig;
 
-use device::gru::{Doorbell, GruConfig};
+use device::faults::{BreakPlan, Injections};
+use device::gru::{Doorbell, Gru, GruConfig};
+use device::model::Model;
 use driver::gru::GruOptions;
 
 /// How often each body runs.
@@ -23,6 +26,26 @@ pub fn rounds() -> u64 {
         .ok()
         .and_then(|rounds| rounds.parse().ok())
         .unwrap_or(1)
+}
+
+/// Whether everything is to run under the device's sanitizer, which may find nothing: `TLBRIDGE_SANITIZE=1`.
+#[must_use]
+pub fn sanitizing() -> bool {
+    std::env::var_os("TLBRIDGE_SANITIZE").is_some_and(|value| value == "1")
+}
+
+/// What the sanitizer of a device has found is nothing, if it has one and nothing is broken in it.
+///
+/// # Panics
+/// When it is something.
+pub fn assert_nothing_found(config: &GruConfig, device: &Gru) {
+    let faultless = config.broken == BreakPlan::default() && config.faults.inject == Injections::default();
+    if faultless && let Some(findings) = device.findings() {
+        for report in &findings.reports {
+            println!("{report}");
+        }
+        assert_eq!(findings.defects, 0, "the sanitizer has found something");
+    }
 }
 
 /// How the device is accessed.
@@ -51,6 +74,7 @@ impl Mode {
         GruConfig {
             doorbell,
             map_tfh,
+            sanitize: sanitizing(),
             ..GruConfig::default()
         }
     }

@@ -5,6 +5,7 @@ mod drain;
 mod kill;
 mod model;
 mod purge;
+mod sanitizer;
 mod stress;
 
 use std::os::fd::OwnedFd;
@@ -65,6 +66,14 @@ fn enter(atc: &Atc, fill: Fill) {
     atc.open_miss(0, fill.space, fill.va);
     atc.fill(0, fill).expect("fill");
     atc.close_miss(0);
+}
+
+/// With a sanitizer.
+fn sanitized(checks: Checks) -> AtcConfig {
+    AtcConfig {
+        sanitize: Some(Names::default()),
+        ..with_checks(checks)
+    }
 }
 
 /// Whether an access finds something.

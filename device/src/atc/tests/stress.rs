@@ -122,9 +122,22 @@ impl Random {
 
 #[test]
 fn test_s2_access_when_software_purges_all_the_time_never_finds_the_past() {
+    storm(AtcConfig::default());
+}
+
+#[test]
+fn test_sanitizer_when_software_purges_all_the_time_has_nothing_to_say() {
+    let findings = storm(sanitized(Checks::ALL)).findings().expect("a sanitizer");
+    assert_eq!(findings.reports, []);
+    assert_eq!(findings.defects, 0);
+    eprintln!("{} checked, {} unjudged", findings.checked, findings.unjudged);
+    assert!(findings.checked > 0 && findings.unjudged < findings.checked / 100);
+}
+
+fn storm(config: AtcConfig) -> Arc<Atc> {
     let memory = UNITS as u64 * 2 * UNIT;
     let world = World {
-        atc: atc_over(memory, AtcConfig::default()),
+        atc: atc_over(memory, config),
         generation: Default::default(),
         floor: Default::default(),
         stop: AtomicBool::new(false),
@@ -163,4 +176,5 @@ fn test_s2_access_when_software_purges_all_the_time_never_finds_the_past() {
     let stats = world.atc.stats();
     eprintln!("{found} accesses, {refused} fills refused, {stats:?}");
     assert!(found > 0 && stats.purges > 0 && stats.entries_purged > 0);
+    Arc::clone(&world.atc)
 }

@@ -117,7 +117,7 @@ fn storm(exclusive: bool, widths: [usize; 2]) -> (u64, u64) {
                     std::hint::spin_loop();
                 }
                 set[bit].store(true, Ordering::SeqCst);
-                hardware.tfm_fault(&hardware.chiplets[0], 0, bit, false);
+                hardware.tfm_set(&hardware.chiplets[0], 0, map::tfm::FAULT_BITS, bit);
             }
         });
         let result = setting.join();

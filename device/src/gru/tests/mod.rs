@@ -1,5 +1,7 @@
 //! The model with a small driver in the same process: no sockets, no guest.
 //!
+//! `TLBRIDGE_SANITIZE=1` runs everything under the sanitizer, which may find nothing on a device without faults.
+//!
 //! [`Rig`] stores and loads words the way a client does (by trap, or directly in the mapped memory) and
 //! serves misses from a page table that the test sets up.
 
@@ -16,6 +18,7 @@ mod misses;
 mod options;
 mod purges;
 mod registered;
+mod sanitizer;
 mod scribble;
 mod trapped;
 mod windows;
@@ -32,7 +35,7 @@ use protos::gru::cb::{Instruction, Status};
 use protos::gru::{HandleStatus, cb, cbe, cch, map, page_size, pci, tfh, tgh};
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::{BstoreSource, Doorbell, Gru, GruConfig};
+use super::{BstoreSource, Doorbell, Gru, GruConfig, PurgeMatch};
 use crate::dma::{Prot, Space};
 use crate::model::{Model, ModelContext};
 use crate::pci::Interrupts;
@@ -74,6 +77,8 @@ struct Rig {
     mapped: Vec<(u64, u64)>,
     /// By (asid, page number).
     pages: Mutex<HashMap<(u32, u64), Pte>>,
+    /// The sanitizer may find nothing.
+    faultless: bool,
     served: AtomicU64,
 }
 
@@ -87,7 +92,11 @@ fn config(doorbell: Doorbell) -> GruConfig {
 }
 
 impl Rig {
-    fn new(config: GruConfig) -> Arc<Self> {
+    fn new(mut config: GruConfig) -> Arc<Self> {
+        config.sanitize |= std::env::var_os("TLBRIDGE_SANITIZE").is_some_and(|value| value == "1");
+        let faultless = config.broken == Default::default()
+            && config.faults.inject == Default::default()
+            && config.purge_match == PurgeMatch::Overlap;
         let dma = Space::new();
         let interrupts = Interrupts::new(pci::VECTORS);
         let vectors: Vec<_> = (0..u32::from(pci::VECTORS))
@@ -120,6 +129,7 @@ impl Rig {
             doorbell,
             mapped,
             pages,
+            faultless,
             served: AtomicU64::new(0),
         })
     }
@@ -553,6 +563,17 @@ impl Rig {
         match rustix::io::read(&self.vectors[vector], &mut bytes) {
             Ok(_) => u64::from_ne_bytes(bytes),
             Err(_) => 0,
+        }
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        if self.faultless
+            && !std::thread::panicking()
+            && let Some(findings) = self.gru.findings()
+        {
+            assert_eq!(findings.reports, [], "{:#?}", findings.reports);
         }
     }
 }

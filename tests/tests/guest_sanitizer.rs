@@ -1,0 +1,192 @@
+//! The kernel's own driver on a device that is broken, under the device's sanitizer: what is injected is named, by the
+//! sanitizer and, where it can see it, by the program in the guest; the same delays with nothing broken are not.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use lab::guest::Guest;
+use serde_json::Value;
+use tests::guest::{Device, Rig};
+use tests::guest_or_skip;
+use tests::processes::binary;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// A guest with the driver and `gru-guest`; `None` (and a visible skip) without the modules.
+fn boot(rig: &Rig, name: &str, device: &Device) -> Option<Guest> {
+    let modules = match rig.gru_modules() {
+        Ok(modules) => modules,
+        Err(why) => {
+            println!("SKIP: {why}");
+            return None;
+        }
+    };
+    let mut files = rig.initramfs();
+    for module in modules {
+        files.add_module(&rig.lab, &module).expect("a module");
+    }
+    let program = binary().with_file_name("gru-guest");
+    assert!(program.exists(), "{}: cargo build --workspace", program.display());
+    files.add_program(&program).expect("a program");
+    Some(
+        rig.boot(name, &files, &[device])
+            .unwrap_or_else(|e| panic!("{e}")),
+    )
+}
+
+/// The classes of what was found, and how often.
+fn classes(findings: &Value) -> BTreeSet<&str> {
+    let reports = findings["reports"].as_array().expect("a sanitizer");
+    reports
+        .iter()
+        .filter_map(|report| report["class"].as_str())
+        .collect()
+}
+
+/// The number before ` what` in what a test has said.
+fn number(output: &str, what: &str) -> u64 {
+    let before = output.split(what).next().unwrap_or_default();
+    let word = before.split_whitespace().next_back().unwrap_or_default();
+    word.parse()
+        .unwrap_or_else(|e| panic!("no number before {what:?}: {e}: {output}"))
+}
+
+/// One of gru-guest's tests on a device of its own: exit code, what it said, what the sanitizer has found.
+fn run(rig: &Rig, name: &str, device: &[&str], command: &str) -> Option<(i32, String, Value)> {
+    let arguments = [&["--doorbell", "trap", "--sanitize"], device].concat();
+    let mut device = Device::gru(&arguments);
+    let mut guest = boot(rig, name, &device)?;
+    let finished = guest.run(command, 3 * MINUTE).unwrap_or_else(|e| panic!("{e}"));
+    print!("{}", finished.output);
+    let findings = device.findings();
+    println!(
+        "{arguments:?}: {:?}, {} defects",
+        classes(&findings),
+        findings["defects"]
+    );
+    assert!(
+        findings["checked"].as_u64().is_some_and(|checked| checked > 0),
+        "{findings:#}"
+    );
+    guest.power_off().unwrap_or_else(|e| panic!("{e}"));
+    Some((finished.code, finished.output, findings))
+}
+
+#[test]
+fn test_stale_dropins_when_the_kill_bit_is_broken_are_reported_and_with_it_nothing_is() {
+    let rig = guest_or_skip!();
+    let command = "gru-guest stale-dropin --rounds 60";
+    let Some((code, output, findings)) = run(&rig, "gru-sanitize-stale", &["--break", "kill-bit"], command)
+    else {
+        return;
+    };
+    assert_eq!(code, 1, "{output}");
+    assert_eq!(
+        classes(&findings),
+        BTreeSet::from(["fill-after-kill"]),
+        "{findings:#}"
+    );
+    // Each one that the program has seen, and those that it could not see.
+    let stale = number(&output, " stale accesses");
+    assert!(
+        stale > 0 && findings["defects"].as_u64() >= Some(stale),
+        "{stale}: {findings:#}"
+    );
+    let report = &findings["reports"][0];
+    assert!(report["entry"]["filled"]["event"].as_u64() > report["purges"][0]["begun"]["event"].as_u64());
+    assert!(
+        report["by"]["queue"].is_u64() && report["by"]["context"].is_u64(),
+        "{report}"
+    );
+
+    let Some((code, output, findings)) = run(&rig, "gru-sanitize-held", &["--delay", "kill-bit"], command)
+    else {
+        return;
+    };
+    assert_eq!(
+        (code, findings["defects"].as_u64()),
+        (0, Some(0)),
+        "{output} {findings:#}"
+    );
+}
+
+#[test]
+fn test_late_stores_when_a_tgh_completes_early_are_reported_and_else_nothing_is() {
+    let rig = guest_or_skip!();
+    let command = "gru-guest late-store --rounds 20";
+    let parked = "drain-delay=1,limit-ms=60,margin-ms=30";
+    let early = format!("--faults=early-completion=1,{parked}");
+    let Some((code, output, findings)) = run(&rig, "gru-sanitize-early", &[&early], command) else {
+        return;
+    };
+    assert_eq!(code, 1, "{output}");
+    assert_eq!(
+        classes(&findings),
+        BTreeSet::from(["completion-before-drain"]),
+        "{findings:#}"
+    );
+    let late = number(&output, " late stores");
+    assert!(
+        late > 0 && findings["defects"].as_u64() >= Some(late),
+        "{late}: {findings:#}"
+    );
+    let detail = findings["reports"][0]["detail"].as_str().unwrap_or_default();
+    assert!(detail.contains("is about to leave ACTIVE"), "{detail}");
+
+    let control = format!("--faults={parked}");
+    let Some((code, output, findings)) = run(&rig, "gru-sanitize-parked", &[&control], command) else {
+        return;
+    };
+    assert_eq!(
+        (code, findings["defects"].as_u64()),
+        (0, Some(0)),
+        "{output} {findings:#}"
+    );
+}
+
+/// The driver goes on as if nothing were wrong with these, and its counters are all that it says.
+#[test]
+fn test_faults_of_handles_when_injected_are_named() {
+    let rig = guest_or_skip!();
+    for (fault, class) in [
+        ("duplicate-fault=1", "spurious-fault"),
+        ("delayed-restart=1,margin-ms=20", "late-restart"),
+        ("wrong-status=1", "wrong-status"),
+    ] {
+        let option = format!("--faults={fault}");
+        let command =
+            "gru-guest faults --rounds 20; gru-guest statistics | grep -e call_os -e intr_tfh -e dropin";
+        let Some((_, output, findings)) = run(&rig, &format!("gru-sanitize-{class}"), &[&option], command)
+        else {
+            return;
+        };
+        assert!(output.contains("verdict: faults PASS"), "{fault}: {output}");
+        assert_eq!(
+            classes(&findings),
+            BTreeSet::from([class]),
+            "{fault}: {findings:#}"
+        );
+    }
+    // Here the program waits for a miss of which nobody has heard.
+    let command = "gru-guest faults & sleep 2; gru-guest statistics | grep intr_tfh";
+    let Some((code, output, findings)) = run_and_leave(&rig, &["--faults=lost-interrupt=1"], command) else {
+        return;
+    };
+    assert_eq!(code, 0, "{output}");
+    assert!(output.contains("statistic intr_tfh 0"), "{output}");
+    assert_eq!(
+        classes(&findings),
+        BTreeSet::from(["lost-interrupt"]),
+        "{findings:#}"
+    );
+}
+
+/// As [`run`], with a guest that cannot end in good order.
+fn run_and_leave(rig: &Rig, device: &[&str], command: &str) -> Option<(i32, String, Value)> {
+    let arguments = [&["--doorbell", "trap", "--sanitize"], device].concat();
+    let mut device = Device::gru(&arguments);
+    let mut guest = boot(rig, "gru-sanitize-lost", &device)?;
+    let finished = guest.run(command, MINUTE).unwrap_or_else(|e| panic!("{e}"));
+    print!("{}", finished.output);
+    Some((finished.code, finished.output, device.findings()))
+}
