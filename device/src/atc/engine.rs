@@ -10,6 +10,7 @@ use crate::dma::{Lost, Window, lost};
 
 use super::CHUNK;
 use super::cache::Atc;
+use super::slot::Found;
 use super::types::{Access, Miss, SpaceId};
 
 thread_local! {
@@ -30,8 +31,8 @@ pub(crate) fn assert_no_guard(what: &str) {
 /// The right of one thread to access memory through an [`Atc`]. The slot goes back on drop.
 #[derive(Debug)]
 pub struct Engine {
-    atc: Arc<Atc>,
-    slot: usize,
+    pub(super) atc: Arc<Atc>,
+    pub(super) slot: usize,
 }
 
 impl Engine {
@@ -56,6 +57,24 @@ impl Engine {
     pub fn access(&mut self, space: SpaceId, va: u64, len: u64, access: Access) -> Result<Guard<'_>, Miss> {
         let write = access == Access::Write;
         let (found, shift) = self.atc.core.access(self.slot, space.0, va, write)?;
+        if found.host == 0 {
+            self.atc.core.leave(self.slot);
+            return Err(Miss::ByMessage);
+        }
+        Ok(self.guard(space, (va, len), access, found, shift))
+    }
+
+    /// The access has been entered and has found memory that is here.
+    #[inline]
+    pub(super) fn guard(
+        &mut self,
+        space: SpaceId,
+        (va, len): (u64, u64),
+        access: Access,
+        found: Found,
+        shift: u8,
+    ) -> Guard<'_> {
+        let write = access == Access::Write;
         HELD.set(HELD.get() + 1);
         let page = 1u64 << shift;
         let offset = va & (page - 1);
@@ -76,7 +95,7 @@ impl Engine {
         if let Some(hooks) = guard.engine.atc.hooks.get() {
             hooks.translated(space, va, access, found.tag);
         }
-        Ok(guard)
+        guard
     }
 }
 

@@ -10,6 +10,10 @@
 //! * The ticket is open *before* software can see the miss.
 //! * A thread holds no guard when it purges, fills, opens a miss or waits for anything (asserted).
 
+#[cfg_attr(loom, allow(dead_code))] // The model checker's engines ask for nothing.
+mod asked;
+#[cfg(not(loom))]
+mod asking;
 #[cfg(not(loom))]
 mod cache;
 mod core;
@@ -24,6 +28,8 @@ mod spin;
 mod tests;
 mod types;
 
+#[cfg(not(loom))]
+pub use asking::{Asking, Translation};
 #[cfg(not(loom))]
 pub use cache::{Atc, Hooks, HooksAlreadySet, PurgeToken};
 #[cfg(not(loom))]

@@ -317,6 +317,17 @@ pub(super) fn send_message(socket: &OwnedFd, message: &[u8], fds: &[BorrowedFd<'
     Ok(())
 }
 
+/// Send a message that is in pieces.
+pub(super) fn send_pieces(socket: &OwnedFd, mut pieces: &mut [IoSlice<'_>]) -> Result<(), Ended> {
+    IoSlice::advance_slices(&mut pieces, 0);
+    while !pieces.is_empty() {
+        let mut control = SendAncillaryBuffer::default();
+        let sent = retry_on_intr(|| sendmsg(socket, pieces, &mut control, SendFlags::NOSIGNAL));
+        IoSlice::advance_slices(&mut pieces, sent.map_err(send_error)?);
+    }
+    Ok(())
+}
+
 /// Send the beginning of a message, with its file descriptors. Returns the bytes sent.
 #[inline(never)]
 fn send_with_fds(socket: &OwnedFd, message: &[u8], fds: &[BorrowedFd<'_>]) -> Result<usize, Ended> {
