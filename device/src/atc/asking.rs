@@ -29,7 +29,13 @@ impl Engine {
         loop {
             let (found, shift) = self.atc.core.access(self.slot, space.0, va, write)?;
             if found.host != 0 {
-                return Ok(Translation::Guard(self.guard(space, (va, len), access, found, shift)));
+                return Ok(Translation::Guard(self.guard(
+                    space,
+                    (va, len),
+                    access,
+                    found,
+                    shift,
+                )));
             }
             self.atc.core.leave(self.slot);
             let asked = self.atc.core.ask(self.slot, space.0, va, len, write)?;

@@ -107,7 +107,10 @@ impl Hardware {
             }
             {
                 // Whoever else has it gives it back in a moment: only couriers wait with it.
-                let mut held = resource.state.lock().expect("an engine died inside an instruction");
+                let mut held = resource
+                    .state
+                    .lock()
+                    .expect("an engine died inside an instruction");
                 if resource.phase() == Phase::Asking {
                     let owner = (number, logical);
                     self.step_held(chiplet, (context, &inside), owner, (cbr, &mut held), bench);

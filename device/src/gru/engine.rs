@@ -171,12 +171,13 @@ impl Hardware {
             .quiesce
             .read()
             .expect("no thread dies while it resets the device");
-        self.tgh_settles() || self.chiplets.iter().any(|chiplet| {
-            self.tgh_waiting(chiplet)
-                || self.tfh_waiting(chiplet)
-                || self.cch_waiting(chiplet)
-                || self.cb_waiting(chiplet)
-        })
+        self.tgh_settles()
+            || self.chiplets.iter().any(|chiplet| {
+                self.tgh_waiting(chiplet)
+                    || self.tfh_waiting(chiplet)
+                    || self.cch_waiting(chiplet)
+                    || self.cb_waiting(chiplet)
+            })
     }
 
     /// Around what may take long: the calling engine counts as asleep, so that a purge does not wait for it.

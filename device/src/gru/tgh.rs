@@ -175,7 +175,9 @@ impl Hardware {
     }
 
     fn tgh_is_held_up(&self, owed: &Owed) -> bool {
-        self.chiplets[owed.chiplet].atc.purge_waits_for_client(&owed.token)
+        self.chiplets[owed.chiplet]
+            .atc
+            .purge_waits_for_client(&owed.token)
     }
 
     /// False: it is not finished yet, as the client has been sent a write that it meets.

@@ -200,7 +200,11 @@ impl<'f> Connection<'f> {
             may_be_short: theirs.write_multiple == Some(true),
         };
         let requests = match self.session.twin.take() {
-            None => Requests::new(Arc::clone(&self.out), Arc::clone(self.out.socket()), request_options),
+            None => Requests::new(
+                Arc::clone(&self.out),
+                Arc::clone(self.out.socket()),
+                request_options,
+            ),
             Some(socket) => {
                 set_socket_timeout(&socket, Timeout::Send, Some(options.client_timeout))
                     .map_err(Ended::Socket)?;

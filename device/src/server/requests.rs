@@ -136,11 +136,7 @@ pub(super) struct Requests {
 
 impl Requests {
     /// `out` is where requests go, `connection` the socket of the client's own commands.
-    pub(super) fn new(
-        out: Arc<Outgoing>,
-        connection: Arc<OwnedFd>,
-        options: RequestOptions,
-    ) -> Arc<Self> {
+    pub(super) fn new(out: Arc<Outgoing>, connection: Arc<OwnedFd>, options: RequestOptions) -> Arc<Self> {
         let layout = if options.may_be_short {
             Layout::Unknown
         } else {
@@ -250,7 +246,11 @@ impl Requests {
             let closed = state.closed;
             let ticket = state.tickets.get_mut(&id).expect("an open ticket");
             ticket.ended(closed)?;
-            let wanted = if writes { interest.commit() } else { interest.wanted() };
+            let wanted = if writes {
+                interest.commit()
+            } else {
+                interest.wanted()
+            };
             ticket.still(wanted)?;
             ticket.command = command;
             ticket.outstanding = true;
@@ -321,13 +321,7 @@ impl Requests {
         Ok(layout)
     }
 
-    fn read_now(
-        &self,
-        id: u16,
-        iova: u64,
-        to: &mut [u8],
-        interest: &dyn Interest,
-    ) -> Result<(), DmaError> {
+    fn read_now(&self, id: u16, iova: u64, to: &mut [u8], interest: &dyn Interest) -> Result<(), DmaError> {
         let layout = self.learn_layout(id, iova, interest)?;
         let access = DmaAccess {
             address: iova,
@@ -339,13 +333,7 @@ impl Requests {
         result
     }
 
-    fn write_now(
-        &self,
-        id: u16,
-        iova: u64,
-        from: &[u8],
-        interest: &dyn Interest,
-    ) -> Result<(), DmaError> {
+    fn write_now(&self, id: u16, iova: u64, from: &[u8], interest: &dyn Interest) -> Result<(), DmaError> {
         let layout = self.learn_layout(id, iova, interest)?;
         let access = DmaAccess {
             address: iova,
@@ -360,9 +348,8 @@ impl Requests {
             _ => [head, from, &[]],
         };
         let answer = self.exchange(id, Command::DMA_WRITE, parts, interest)?;
-        let echoed = DmaAccess::read_from_prefix(&answer).is_ok_and(|(echoed, _)| {
-            echoed.address == iova && echoed.count as u32 == access.count as u32
-        });
+        let echoed = DmaAccess::read_from_prefix(&answer)
+            .is_ok_and(|(echoed, _)| echoed.address == iova && echoed.count as u32 == access.count as u32);
         self.give_back(answer);
         if !echoed {
             return Err(DmaError::Refused {

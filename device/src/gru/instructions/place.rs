@@ -15,10 +15,7 @@ pub(super) enum Place<'a> {
     /// Unmapped mode: by IOVA.
     Physical(Resolved<'a>),
     /// Read from the client before, or written to it by [`Place::check`].
-    Message {
-        message: Message<'a>,
-        write: bool,
-    },
+    Message { message: Message<'a>, write: bool },
 }
 
 impl Place<'_> {

@@ -127,7 +127,13 @@ impl Messenger for Client {
     fn read(&self, ticket: u16, iova: u64, to: &mut [u8], interest: &dyn Interest) -> Result<(), DmaError> {
         self.lock().reads += 1;
         let len = to.len() as u64;
-        self.exchange(ticket, iova, len, || interest.wanted(), |bytes| to.copy_from_slice(bytes))
+        self.exchange(
+            ticket,
+            iova,
+            len,
+            || interest.wanted(),
+            |bytes| to.copy_from_slice(bytes),
+        )
     }
     fn write(&self, ticket: u16, iova: u64, from: &[u8], interest: &dyn Interest) -> Result<(), DmaError> {
         let len = from.len() as u64;
@@ -162,7 +168,8 @@ fn rig(config: GruConfig) -> (Arc<Rig>, Arc<Client>) {
     rig.dma
         .map_by_message(IOVA + PRIVATE, PRIVATE_LEN, Prot::READ_WRITE)
         .unwrap();
-    rig.dma.set_messenger(Some(Arc::clone(&client) as Arc<dyn Messenger>));
+    rig.dma
+        .set_messenger(Some(Arc::clone(&client) as Arc<dyn Messenger>));
     rig.start(Mode::FaultMap);
     rig.map_range(ASID, VA, PRIVATE, 64 * PAGE);
     rig.map_range(ASID, FILE, 0, 64 * PAGE);
@@ -206,10 +213,16 @@ fn test_loads_stores_and_copies_when_memory_has_no_file_ask_the_client() {
         // Across pages and requests, unaligned.
         rig.run_ok(0, Instruction::vload(VA + 4093, 8, XType::BYTE, 5000, 1));
         assert_eq!(rig.ds_read(8, 5000), bytes[4093..9093]);
-        rig.run_ok(0, Instruction::vstore(VA + 20 * PAGE + 5, 8, XType::BYTE, 5000, 1));
+        rig.run_ok(
+            0,
+            Instruction::vstore(VA + 20 * PAGE + 5, 8, XType::BYTE, 5000, 1),
+        );
         assert_eq!(client.bytes(20 * PAGE + 5, 5000), bytes[4093..9093]);
         // Elements that stand apart, one of them across a page.
-        rig.run_ok(0, Instruction::vset(VA + 30 * PAGE + 4, 0x1122_3344_5566_7788, XType::DWORD, 3, 511));
+        rig.run_ok(
+            0,
+            Instruction::vset(VA + 30 * PAGE + 4, 0x1122_3344_5566_7788, XType::DWORD, 3, 511),
+        );
         for element in 0..3 {
             let at = 30 * PAGE + 4 + element * 511 * 8;
             assert_eq!(client.bytes(at, 8), 0x1122_3344_5566_7788u64.to_le_bytes());
@@ -218,9 +231,15 @@ fn test_loads_stores_and_copies_when_memory_has_no_file_ask_the_client() {
         rig.run_ok(0, Instruction::bcopy(VA + 3, FILE + 5, 0, 4, XType::BYTE, 70_000));
         assert!(rig.bytes(5, 70_000) == bytes[3..70_003]);
         let shared = rig.fill_memory(0, 70_000, 9);
-        rig.run_ok(0, Instruction::bcopy(FILE + 5, VA + 40 * PAGE + 1, 0, 4, XType::BYTE, 60_000));
+        rig.run_ok(
+            0,
+            Instruction::bcopy(FILE + 5, VA + 40 * PAGE + 1, 0, 4, XType::BYTE, 60_000),
+        );
         assert!(client.bytes(40 * PAGE + 1, 60_000) == shared[5..60_005]);
-        rig.run_ok(0, Instruction::bcopy(VA, VA + 20 * PAGE + 1, 0, 4, XType::BYTE, 9000));
+        rig.run_ok(
+            0,
+            Instruction::bcopy(VA, VA + 20 * PAGE + 1, 0, 4, XType::BYTE, 9000),
+        );
         assert!(client.bytes(20 * PAGE + 1, 9000) == bytes[..9000]);
         // A flush touches nothing.
         let (reads, writes) = client.asked();
@@ -241,7 +260,10 @@ fn test_unmapped_mode_when_memory_has_no_file_asks_the_client() {
     let physical = |instruction: Instruction| instruction.with_ima(ima::UNMAPPED);
     rig.run_ok(0, physical(Instruction::vload(at + 77, 0, XType::BYTE, 6000, 1)));
     assert_eq!(rig.ds_read(0, 6000), client.bytes(77, 6000));
-    rig.run_ok(0, physical(Instruction::vstore(at + PAGE, 0, XType::BYTE, 6000, 1)));
+    rig.run_ok(
+        0,
+        physical(Instruction::vstore(at + PAGE, 0, XType::BYTE, 6000, 1)),
+    );
     assert_eq!(client.bytes(PAGE, 6000), rig.ds_read(0, 6000));
     let inc = physical(Instruction::gamir(at, ImplicitOp::INC, XType::DWORD));
     assert_eq!(rig.run(0, inc), Status::EXCEPTION);
@@ -317,7 +339,11 @@ fn test_purge_when_a_write_was_sent_waits_until_it_has_happened() {
         // A purge of something else does not wait for it.
         rig.purge(4, ASID, FILE, 1);
         client.behave(Manner::Answers);
-        assert_eq!(purge.join().unwrap(), 77u64.to_le_bytes(), "written before the purge returned");
+        assert_eq!(
+            purge.join().unwrap(),
+            77u64.to_le_bytes(),
+            "written before the purge returned"
+        );
     });
     assert_eq!(rig.finish(0), Status::IDLE);
 }
@@ -341,7 +367,11 @@ fn test_unanswered_access_when_memory_or_mastering_goes_ends_in_an_exception() {
             assert_eq!(rig.finish(0), Status::EXCEPTION);
             let expected = [ecause::PE_CHECK_DATA_ERROR, ecause::ADDRESS_SPACE_DECODE_ERROR];
             assert!(expected.contains(&cause(&rig, 0)), "{:#x}", cause(&rig, 0));
-            assert_eq!(client.bytes(0, 8), Client::new().bytes(0, 8), "nothing was stored");
+            assert_eq!(
+                client.bytes(0, 8),
+                Client::new().bytes(0, 8),
+                "nothing was stored"
+            );
         }
     }
 }
@@ -395,7 +425,11 @@ fn test_client_when_it_refuses_or_is_too_late_fails_the_instruction_only() {
         (Manner::TooLate, ecause::RA_REQUEST_TIMEOUT),
     ] {
         client.behave(manner);
-        for instruction in [load(VA), store(VA), Instruction::bcopy(FILE, VA, 0, 4, XType::DWORD, 10)] {
+        for instruction in [
+            load(VA),
+            store(VA),
+            Instruction::bcopy(FILE, VA, 0, 4, XType::DWORD, 10),
+        ] {
             assert_eq!(rig.run(0, instruction), Status::EXCEPTION, "{manner:?}");
             assert_eq!(cause(&rig, 0), expected, "{manner:?} {instruction:?}");
         }
@@ -412,7 +446,10 @@ fn test_many_when_they_ask_during_purges_all_end_with_their_data() {
     for round in 0..60u64 {
         for cb in 0..4 {
             let va = VA + (round * 4 + cb) % 64 * PAGE + 4096 - 24;
-            rig.issue(cb as usize, Instruction::vload(va, 2048 * cb as u32, XType::BYTE, 20, 1));
+            rig.issue(
+                cb as usize,
+                Instruction::vload(va, 2048 * cb as u32, XType::BYTE, 20, 1),
+            );
         }
         rig.purge(round as usize % 8, ASID, VA, 64);
         for cb in 0..4 {
