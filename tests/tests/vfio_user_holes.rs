@@ -22,14 +22,22 @@ const BAR: u64 = 0xfe00_0000;
 
 /// By the model's own thread-free access; all ones when it fails.
 fn fetch(raw: &mut Raw, iova: u64) -> u64 {
-    raw.send(20, Command::REGION_WRITE, &access(FETCH, 0, 8, &iova.to_le_bytes()));
+    raw.send(
+        20,
+        Command::REGION_WRITE,
+        &access(FETCH, 0, 8, &iova.to_le_bytes()),
+    );
     raw.expect_ok(20);
     raw.read_register(21, 0)
 }
 
 /// Stores register 1 (5) there; whether it worked.
 fn store(raw: &mut Raw, iova: u64) -> bool {
-    raw.send(22, Command::REGION_WRITE, &access(STORE, 0, 8, &iova.to_le_bytes()));
+    raw.send(
+        22,
+        Command::REGION_WRITE,
+        &access(STORE, 0, 8, &iova.to_le_bytes()),
+    );
     raw.expect_ok(22);
     raw.read_register(23, 16) == 1
 }
@@ -140,7 +148,10 @@ fn test_dma_when_bus_mastering_is_off_is_refused_everywhere_and_works_again_when
         assert_eq!(fetch(&mut raw, iova), u64::MAX, "{iova:#x}");
         assert!(!store(&mut raw, iova), "{iova:#x}");
         let dma = rig.function.dma();
-        assert_eq!(dma.read_by_message(iova, &mut [0; 4]), Err(DmaError::BusMasterOff));
+        assert_eq!(
+            dma.read_by_message(iova, &mut [0; 4]),
+            Err(DmaError::BusMasterOff)
+        );
     }
     switch_on(&mut raw);
     assert_eq!(fetch(&mut raw, RAM), 0x1111_1111_1111_1111);

@@ -268,16 +268,17 @@ impl Receiver {
             return Err(if idle { Ended::Closed } else { Ended::Truncated });
         }
         self.filled += message.bytes;
-        let mut received = Fds {
-            overflow: message.flags.contains(ReturnFlags::CTRUNC),
-            ..Fds::default()
-        };
+        // None, nearly always: room for them is made when there is one.
+        let mut received: Option<Fds> = None;
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(list) = message {
-                list.for_each(|fd| received.push(fd));
+                list.for_each(|fd| received.get_or_insert_default().push(fd));
             }
         }
-        if received.len > 0 || received.overflow {
+        if message.flags.contains(ReturnFlags::CTRUNC) {
+            received.get_or_insert_default().overflow = true;
+        }
+        if let Some(received) = received {
             match self.last_start() {
                 0 => fds.append(received),
                 at => {
