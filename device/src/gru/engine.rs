@@ -4,8 +4,8 @@
 //! engine that finds nothing spins for a while (if it is the only one awake), then sleeps: an idle device
 //! costs nothing.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use super::Doorbell;
@@ -14,6 +14,8 @@ use crate::atc;
 
 /// A pass in this many looks at the TFHs of CBRs that have no miss, too.
 const FULL_LOOK: u32 = 64;
+/// After so many sleeps that ended by TGHs alone the engine comes up once, and empties the bells on its way back.
+const FLUSHES_IN_SLEEP: u32 = 256;
 
 /// What belongs to one engine thread.
 #[derive(Debug)]
@@ -105,16 +107,7 @@ pub(super) fn run(hardware: &Arc<Hardware>, mut bench: Bench) {
             continue;
         }
         wake.doze();
-        // Whoever stored before the count was lowered did not ring.
-        timed = false;
-        if !hardware.work_waits() {
-            let keeper = hardware.keep_time();
-            let limit = hardware
-                .next_look()
-                .or(keeper.as_ref().map(|keeper| keeper.limit));
-            timed = limit.is_some();
-            wake.sleep(limit);
-        }
+        timed = hardware.sleep_and_flush();
         full = true;
         wake.come_back();
     }
@@ -137,11 +130,7 @@ impl Drop for TimeKeeper<'_> {
 impl Hardware {
     /// Looks at everything once and does what it finds. Returns whether there was anything.
     fn pass(&self, bench: &mut Bench, full: bool) -> bool {
-        // A reset excludes this. (A poisoned lock would mean that a reset died: its assertion has been reported.)
-        let _working = self
-            .quiesce
-            .read()
-            .expect("no thread dies while it resets the device");
+        let _working = self.working();
         let mut worked = self.flush_handles();
         for chiplet in &self.chiplets {
             worked |= self.tfh_scan(chiplet, full);
@@ -162,13 +151,56 @@ impl Hardware {
         worked || steps > 0
     }
 
+    /// Sleeps, and executes the TGHs that it is woken for; returns when there is, or may be, something else to do. Whether
+    /// the last sleep had a limit.
+    ///
+    /// The engine counts as asleep throughout: who stores rings, and what rings now is found by the look before the next
+    /// sleep or ends that sleep at once. So a TGH is executed without telling everybody that the device is up (one
+    /// store into the page of each GSEG) before the one who waits for it is answered; and where that one waits for this
+    /// very processor, it gets it as soon as nothing else is to be done here.
+    fn sleep_and_flush(&self) -> bool {
+        let mut timed = false;
+        for _ in 0..FLUSHES_IN_SLEEP {
+            // Whoever stored before the count was lowered, or while TGHs were executed, may not have been heard.
+            if self.work_waits() {
+                return false;
+            }
+            let keeper = self.keep_time();
+            let limit = self.next_look().or(keeper.as_ref().map(|keeper| keeper.limit));
+            timed = limit.is_some();
+            self.wake.sleep(limit);
+            drop(keeper);
+            // Rung for something else, or processors enough to look for more work before sleeping.
+            if !self.flush_when_woken() || !self.polite {
+                break;
+            }
+        }
+        timed
+    }
+
+    /// The TGHs alone. Nobody who waits for the device to be quiet waits for a yield here: there is none.
+    fn flush_when_woken(&self) -> bool {
+        let _working = self.working();
+        self.execute_tghs()
+    }
+
+    /// A reset excludes this. (A poisoned lock would mean that a reset died: its assertion has been reported.)
+    fn working(&self) -> RwLockReadGuard<'_, ()> {
+        self.quiesce
+            .read()
+            .expect("no thread dies while it resets the device")
+    }
+
+    fn execute_tghs(&self) -> bool {
+        self.chiplets
+            .iter()
+            .fold(false, |worked, chiplet| worked | self.tgh_scan(chiplet))
+    }
+
     /// Whether there is something that this engine could do: a look that changes nothing. What another engine is
     /// doing right now does not count; it looks again by itself.
     fn work_waits(&self) -> bool {
-        let _working = self
-            .quiesce
-            .read()
-            .expect("no thread dies while it resets the device");
+        let _working = self.working();
         self.chiplets.iter().any(|chiplet| {
             self.tgh_waiting(chiplet)
                 || self.tfh_waiting(chiplet)
@@ -187,10 +219,7 @@ impl Hardware {
     }
 
     fn flush_handles(&self) -> bool {
-        let flushed = self
-            .chiplets
-            .iter()
-            .fold(false, |worked, chiplet| worked | self.tgh_scan(chiplet));
+        let flushed = self.execute_tghs();
         if flushed && self.polite {
             // Whoever spins on the handle may wait for this processor, and everything else can wait for it.
             std::thread::yield_now();

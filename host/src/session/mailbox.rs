@@ -27,8 +27,12 @@ const LONGEST_SLEEP: Timespec = Timespec {
 };
 
 /// How long a worker looks at the bell before it sleeps: a second call often follows at once, and a wake-up costs
-/// more than this. It yields meanwhile: the caller that it has just answered may wait for this processor.
+/// more than this.
 const LINGER: Duration = Duration::from_micros(10);
+
+/// With fewer processors a worker sleeps at once. The caller that it has answered may wait for this one; and a worker
+/// that yields is not rung for, nor does it know when it gets its turn again (a slice of some other program later).
+const LINGERING_CPUS: usize = 3;
 
 /// What the mailbox counts.
 #[derive(Debug, Default)]
@@ -52,6 +56,7 @@ pub struct Mailbox {
     /// The invalidation that a slot has started and not ended. A leaf lock, never held during a callback.
     open: [Mutex<Option<Started>>; SLOTS],
     stop: AtomicBool,
+    lingers: bool,
     /// Figures.
     pub stats: MailboxStats,
 }
@@ -64,6 +69,7 @@ impl Mailbox {
             space,
             open: std::array::from_fn(|_| Mutex::new(None)),
             stop: AtomicBool::new(false),
+            lingers: std::thread::available_parallelism().map_or(1, usize::from) >= LINGERING_CPUS,
             stats: MailboxStats::default(),
         }
     }
@@ -75,7 +81,9 @@ impl Mailbox {
         loop {
             // Read before the slots are: a request that comes after the scan has rung since.
             let bell = header.bell.load(Ordering::Acquire);
-            let mut served = false;
+            // Whose ring this most often is: before the cache lines of all the others are looked at.
+            let rung = header.rung_slot.load(Ordering::Relaxed) as usize % SLOTS;
+            let mut served = self.serve(rung, &token);
             for index in 0..SLOTS {
                 served |= self.serve(index, &token);
             }
@@ -99,10 +107,13 @@ impl Mailbox {
     }
 
     fn bell_rings_soon(&self, bell: u32) -> bool {
+        if !self.lingers {
+            return false;
+        }
         let header = &self.space.table().header;
         let since = Instant::now();
         loop {
-            std::thread::yield_now();
+            std::hint::spin_loop();
             if header.bell.load(Ordering::Relaxed) != bell {
                 return true;
             }
