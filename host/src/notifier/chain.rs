@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::active::{ActiveTable, Claim};
 use super::context::{Ctx, InCallback, MaySleep, NonSleeping, in_callback, might_sleep};
 use super::event_count::EventCount;
-use super::measure::{Recorder, thread_allocations, thread_switches};
+use super::measure::{Recorder, Unrecorded};
 use super::range::{Event, NotifierRange};
 use super::subscriber_list::{Entered, Place};
 use super::{Again, RegisterError, StartError, Subscriber, UnregisterError};
@@ -323,6 +323,29 @@ impl Chain {
         range: NotifierRange,
         ctx: Ctx<'_>,
     ) -> Result<Started, StartError> {
+        let (started, round) = self.start_and_record_later(range, ctx)?;
+        self.record(round);
+        Ok(started)
+    }
+
+    /// What a start took, into the figures. On the thread that made the start, before it sleeps.
+    pub fn record(&self, round: Unrecorded) {
+        self.recorder.enter(round);
+    }
+
+    /// [`Self::invalidate_range_start`] for a caller whom somebody waits for: it answers, and then gives what the start
+    /// took to [`Self::record`].
+    ///
+    /// # Errors
+    /// As [`Self::invalidate_range_start`].
+    ///
+    /// # Panics
+    /// As [`Self::invalidate_range_start`].
+    pub fn start_and_record_later(
+        self: &Arc<Self>,
+        range: NotifierRange,
+        ctx: Ctx<'_>,
+    ) -> Result<(Started, Unrecorded), StartError> {
         let token = self.check(&range, ctx)?;
         let begun = Instant::now();
         let claim = match self.active.claim(range.start, range.end) {
@@ -343,15 +366,16 @@ impl Chain {
         };
         // Pairs with the fence in `register` (S10).
         fence(Ordering::SeqCst);
-        let refused_by = self.call_all(Some(range.event), begun, token, |place, subscriber, ctx| {
+        let (refused_by, round) = self.call_all(Some(range.event), begun, token, |place, subscriber, ctx| {
             subscriber.invalidate_range_start(&range, ctx)?;
             self.active.succeeded(&started.claim, place);
             Ok(())
         });
         let Some(subscriber) = refused_by else {
             self.counters.started.fetch_add(1, Ordering::Relaxed);
-            return Ok(started);
+            return Ok((started, round));
         };
+        self.record(round);
         started.open = false;
         self.finish(&started.claim, &range, ctx);
         if range.blockable {
@@ -399,9 +423,10 @@ impl Chain {
         let token = self.check(&range, ctx)?;
         let begun = Instant::now();
         fence(Ordering::SeqCst);
-        let refused = self.call_all(None, begun, token, |_, subscriber, ctx| {
+        let (refused, round) = self.call_all(None, begun, token, |_, subscriber, ctx| {
             subscriber.invalidate_page(&range, ctx)
         });
+        self.record(round);
         match refused {
             None => Ok(()),
             Some(subscriber) if range.blockable => {
@@ -522,18 +547,17 @@ impl Chain {
         StartError::Again { subscriber }
     }
 
-    /// Calls every subscriber, the non-sleeping ones first. Returns the first that refused.
+    /// Calls every subscriber, the non-sleeping ones first. Returns the first that refused, and what it took.
     fn call_all(
         &self,
         event: Option<Event>,
         begun: Instant,
         token: Option<&MaySleep>,
         mut call: impl FnMut(usize, &dyn Subscriber, Ctx<'_>) -> Result<(), Again>,
-    ) -> Option<&'static str> {
-        let record = self.recorder.of(event);
+    ) -> (Option<&'static str>, Unrecorded) {
         let mut refused = None;
         let mut sleepers = 0u64;
-        let (switches, allocations) = (thread_switches(), thread_allocations());
+        let mut round = Unrecorded::begin(event);
         let nonsleeping_begun = Instant::now();
         {
             let section = NonSleeping::enter();
@@ -551,14 +575,10 @@ impl Chain {
                 }
             }
         }
-        record.nonsleeping.record(nanoseconds(nonsleeping_begun));
-        record.allocations.fetch_add(
-            thread_allocations().saturating_sub(allocations),
-            Ordering::Relaxed,
-        );
-        record
-            .switches
-            .fetch_add(thread_switches().saturating_sub(switches), Ordering::Relaxed);
+        round.end_of_nonsleeping(nanoseconds(nonsleeping_begun));
+        if sleepers != 0 {
+            round.before_sleeping();
+        }
         while sleepers != 0 {
             let index = sleepers.trailing_zeros() as usize;
             sleepers &= sleepers - 1;
@@ -577,8 +597,8 @@ impl Chain {
                 refused = refused.or(Some(subscriber.name()));
             }
         }
-        record.whole.record(nanoseconds(begun));
-        refused
+        round.end(nanoseconds(begun));
+        (refused, round)
     }
 
     /// Gives those whose start succeeded their end, and frees the active entry.

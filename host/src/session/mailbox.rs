@@ -13,7 +13,7 @@ use rustix::thread::futex;
 use rustix::time::Timespec;
 
 use super::space::AddressSpace;
-use crate::notifier::{Ctx, Event, MaySleep, NotifierRange, Started};
+use crate::notifier::{Ctx, Event, MaySleep, NotifierRange, Started, Unrecorded};
 use crate::stats::ByEvent;
 
 /// Worker threads of a session: one can wait for a sleeping subscriber while the other serves the rest.
@@ -168,8 +168,9 @@ impl Mailbox {
             return false;
         }
         let begun = Instant::now();
-        let result = self.execute(index, slot, token);
-        let nanoseconds = u32::try_from(begun.elapsed().as_nanos()).unwrap_or(u32::MAX);
+        let (result, taken) = self.execute(index, slot, token);
+        let elapsed = begun.elapsed();
+        let nanoseconds = u32::try_from(elapsed.as_nanos()).unwrap_or(u32::MAX);
         slot.chain_ns.store(nanoseconds, Ordering::Relaxed);
         slot.result.store(result, Ordering::Relaxed);
         let next = if detached {
@@ -186,11 +187,17 @@ impl Mailbox {
             // It waits for this processor, often: before anything else is looked at.
             std::thread::yield_now();
         }
+        if let Some((event, round)) = taken {
+            self.space.chain().record(round);
+            let nanoseconds = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
+            self.stats.by_event.of(event).record(nanoseconds);
+            self.stats.starts.fetch_add(1, Ordering::Relaxed);
+        }
         true
     }
 
-    /// Runs one request. The answer is 0 or a negative errno.
-    fn execute(&self, index: usize, slot: &Slot, token: &MaySleep) -> i32 {
+    /// Runs one request. The answer is 0 or a negative errno, and what a start took.
+    fn execute(&self, index: usize, slot: &Slot, token: &MaySleep) -> (i32, Option<(Event, Unrecorded)>) {
         let (op, start, end) = (
             slot.op.load(Ordering::Relaxed),
             slot.start.load(Ordering::Relaxed),
@@ -212,12 +219,8 @@ impl Mailbox {
                     event,
                     blockable: true,
                 };
-                let begun = Instant::now();
                 match self.space.start(range, token) {
-                    Ok(started) => {
-                        let nanoseconds = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
-                        self.stats.by_event.of(event).record(nanoseconds);
-                        self.stats.starts.fetch_add(1, Ordering::Relaxed);
+                    Ok((started, round)) => {
                         let lost = self.put_open(index, started);
                         if let Some(lost) = lost {
                             // The application has made the slot a request while it was being served.
@@ -226,9 +229,9 @@ impl Mailbox {
                                 .chain()
                                 .invalidate_range_end(lost, Ctx::MaySleep(token));
                         }
-                        0
+                        (0, Some((event, round)))
                     }
-                    Err(errno) => -errno,
+                    Err(errno) => (-errno, None),
                 }
             }
             (slot_op::END, _) => match self.take_open(index) {
@@ -237,11 +240,11 @@ impl Mailbox {
                         .chain()
                         .invalidate_range_end(started, Ctx::MaySleep(token));
                     self.stats.ends.fetch_add(1, Ordering::Relaxed);
-                    0
+                    (0, None)
                 }
-                None => self.malformed(index, "end without a start"),
+                None => (self.malformed(index, "end without a start"), None),
             },
-            _ => self.malformed(index, "operands out of range"),
+            _ => (self.malformed(index, "operands out of range"), None),
         }
     }
 
