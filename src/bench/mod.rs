@@ -2,6 +2,7 @@
 
 mod cases;
 pub mod doorbell;
+pub mod hog;
 pub mod mmio;
 mod monitor;
 mod placement;
