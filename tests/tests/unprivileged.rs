@@ -163,7 +163,7 @@ fn test_demo_when_kernel_refuses_a_userfaultfd_says_what_to_set() {
         return;
     }
     let home = Home::new();
-    let mut command = home.command(&["demo", "--seconds", "3", "--json", "-"]);
+    let mut command = home.command(&["demo", "--seconds", "3", "--json"]);
     // SAFETY: between fork and exec this makes system calls only; nothing is allocated.
     unsafe { command.pre_exec(refuse_userfaultfd) };
     let ended = wait(Tool::start_command(command));
