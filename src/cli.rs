@@ -20,7 +20,8 @@ Examples:
   tlbridge                                   ten seconds of the demo
   tlbridge demo --seconds 60 --threads 4 --json > run.json
   tlbridge demo --break drain --seconds 2    a device that does not drain: must end with exit code 3
-  tlbridge bench invalidate --json bench.json")]
+  tlbridge bench invalidate --json bench.json
+  tlbridge bench invalidate --guest --quick")]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -294,16 +295,26 @@ Examples:
 pub struct VmArgs {
     /// Which device to start and attach.
     #[arg(long, value_enum, required_unless_present = "device")]
-    pub model: Option<ModelName>,
+    pub model: Option<VmModel>,
+    /// What the guest has beside busybox (default: what the model's programs take).
+    #[arg(long, value_enum)]
+    pub guest: Option<GuestKind>,
     /// Attach a device that is served already: its vfio-user socket (repeatable).
     #[arg(long, value_name = "SOCKET")]
     pub device: Vec<PathBuf>,
-    /// How the device learns of a store.
+    /// How the device learns of a store (default: trap).
     #[arg(long, value_enum, requires = "model")]
     pub doorbell: Option<Doorbell>,
     /// An argument for `tlbridge device` (repeatable), as in --device-arg=--engines=4.
     #[arg(long, value_name = "ARG", requires = "model", allow_hyphen_values = true)]
     pub device_arg: Vec<std::ffi::OsString>,
+    /// Guests that run at once, each with a device of its own. COMMAND runs in all of them, with GUEST_INDEX (from 0)
+    /// and GUESTS in its environment; its lines have the index before them. --device is dealt out in order.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub guests: u32,
+    /// Which of Debian's kernels.
+    #[arg(long, value_enum, default_value_t = KernelSeries::Stable, conflicts_with = "kernel")]
+    pub kernel_series: KernelSeries,
     /// Boot this kernel instead.
     #[arg(long, value_name = "BZIMAGE")]
     pub kernel: Option<PathBuf>,
@@ -363,6 +374,54 @@ pub struct VmArgs {
     /// What to run.
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<String>,
+}
+
+/// Devices of a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum VmModel {
+    /// No device: a guest for comparison.
+    None,
+    /// SGI's Global Reference Unit.
+    Gru,
+}
+
+impl VmModel {
+    /// The model of `tlbridge device`.
+    #[must_use]
+    pub fn device(self) -> Option<ModelName> {
+        match self {
+            Self::None => None,
+            Self::Gru => Some(ModelName::Gru),
+        }
+    }
+
+    /// The guest that it is of use in.
+    #[must_use]
+    pub fn guest(self) -> GuestKind {
+        match self {
+            Self::None | Self::Gru => GuestKind::Small,
+        }
+    }
+}
+
+/// Stock kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KernelSeries {
+    /// Debian 13's own (6.12).
+    Stable,
+    /// The newest of its backports (7.3 or later).
+    Backports,
+}
+
+/// What a guest has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum GuestKind {
+    /// Only busybox.
+    Small,
+    /// The kernel's InfiniBand modules, and the programs of rdma-core and perftest.
+    Rdma,
+    /// A root image of Debian with those, Python, rdma-core's own tests, fio and strace.
+    Debian,
 }
 
 /// `512M` or `2G`, in MiB.
@@ -534,6 +593,10 @@ pub struct BenchArgs {
     /// Only this row of the table (can be repeated).
     #[arg(long = "case", value_enum, value_name = "CASE")]
     pub cases: Vec<Case>,
+    /// Beside a few rows of the sandbox: the same calls on the kernel's own driver in a guest, in every doorbell mode,
+    /// with what the driver says about its flushes. Takes the guest lab (made the first time).
+    #[arg(long, conflicts_with = "cases")]
+    pub guest: bool,
     /// Seed of the bootstrap.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
@@ -644,6 +707,9 @@ pub struct SubjectArgs {
     /// Rows; none = all.
     #[arg(long = "case", value_enum)]
     pub cases: Vec<Case>,
+    /// Only ranges up to that length.
+    #[arg(long)]
+    pub most_bytes: Option<usize>,
     /// Everybody has a fixed processor; this is the device's.
     #[arg(long)]
     pub device_cpu: Option<usize>,

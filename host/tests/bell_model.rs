@@ -102,6 +102,8 @@ enum Broken {
     Nothing,
     RingersFence,
     SleepersFence,
+    /// Who has seen the ring need not see the request.
+    RelaxedRing,
     /// The sleeper reads the bell after it has looked at the slots.
     BellAfterTheSlots,
     /// The engine sleeps without the look after it has lowered the count.
@@ -123,7 +125,13 @@ fn mailbox(broken: Broken) {
         loom::thread::spawn(move || {
             for slot in slots.iter() {
                 slot.store(1, Ordering::Release);
-                bell.word.fetch_add(1, Ordering::Relaxed);
+                bell.word.fetch_add(
+                    1,
+                    match broken {
+                        Broken::RelaxedRing => Ordering::Relaxed,
+                        _ => Ordering::Release,
+                    },
+                );
                 if broken != Broken::RingersFence {
                     fence(Ordering::SeqCst);
                 }
@@ -285,6 +293,7 @@ fn test_mailbox_when_a_part_is_missing_is_found() {
     for broken in [
         Broken::RingersFence,
         Broken::SleepersFence,
+        Broken::RelaxedRing,
         Broken::BellAfterTheSlots,
     ] {
         assert!(is_found(move || mailbox(broken)), "part {}", broken as u32);

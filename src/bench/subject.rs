@@ -156,7 +156,9 @@ impl Subject<'_> {
             if stop.requested() {
                 break;
             }
-            if wanted(size, case, self.args.quick) && (!placed || PLACED_SIZES.contains(&size)) {
+            let short = self.args.most_bytes.is_none_or(|most| size <= most);
+            let placed_size = !placed || PLACED_SIZES.contains(&size);
+            if short && wanted(size, case, self.args.quick) && placed_size {
                 let row = self.measure(case, size, wake.as_mut())?;
                 stop::say(&json!({ "row": row }));
             }
