@@ -103,7 +103,6 @@ fn test_demo_when_user_has_no_privileges_finds_no_stale_access() {
         "--seed",
         "7",
         "--json",
-        "-",
     ]);
     let mut tool = Tool::start_command(command);
     // Not before its processes are there: what is looked at is that all of them run as nobody.
