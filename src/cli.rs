@@ -64,6 +64,9 @@ pub enum Command {
     /// The benchmark's floor of wakes: sleeps until it is told (started by the benchmark).
     #[command(hide = true)]
     BenchWake(WakeArgs),
+    /// The benchmark's other programs: wants a processor (started by the benchmark).
+    #[command(hide = true)]
+    BenchHog(HogArgs),
 }
 
 /// Device models.
@@ -576,6 +579,17 @@ pub struct WakeArgs {
     /// Where to listen; a FIFO is made beside it.
     #[arg(long)]
     pub socket: PathBuf,
+    /// Supervision.
+    #[command(flatten)]
+    pub supervised: Supervised,
+}
+
+/// Options of the busy process of `bench invalidate`.
+#[derive(Debug, Clone, Args)]
+pub struct HogArgs {
+    /// Its processor.
+    #[arg(long)]
+    pub cpu: usize,
     /// Supervision.
     #[command(flatten)]
     pub supervised: Supervised,

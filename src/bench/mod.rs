@@ -3,6 +3,7 @@
 mod cases;
 pub mod doorbell;
 pub mod guest;
+pub mod hog;
 pub mod mmio;
 mod monitor;
 mod placement;
