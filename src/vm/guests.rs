@@ -14,7 +14,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::NO_GUEST;
-use crate::cli::{VmArgs, VmModel};
+use crate::cli::{Doorbell, VmArgs, VmModel};
 use crate::demo::{ANSWER_LIMIT, args, name};
 use crate::inspect::print_text;
 use crate::sanitizer;
@@ -330,8 +330,10 @@ fn stats(name: &str, device: &mut Service, show: bool) -> Result<u64> {
 
 fn device_args(args: &VmArgs) -> Vec<OsString> {
     let mut all = Vec::new();
-    if let Some(doorbell) = args.doorbell {
-        all.extend(args!["--doorbell", name(doorbell)]);
+    let says = |argument: &OsString| argument.to_string_lossy().starts_with("--doorbell");
+    if args.doorbell.is_some() || !args.device_arg.iter().any(says) {
+        // Strict: a guest's driver need not know of doorbells, and its register writes are posted.
+        all.extend(args!["--doorbell", name(args.doorbell.unwrap_or(Doorbell::Trap))]);
     }
     if args.sanitize {
         all.extend(args!["--sanitize"]);

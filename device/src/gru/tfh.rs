@@ -56,6 +56,7 @@ impl Hardware {
             .open_miss_by(cbr, SpaceId(u64::from(asid)), fault.va, by);
         let fault_map = control.tfm_fault_bit_enable();
         let (phase, state) = if fault_map {
+            self.counters.misses_in_fault_map.bump();
             context.fault_map_misses.fetch_add(1, Ordering::SeqCst);
             (Phase::MissFmm, State::MISS_FMM)
         } else {

@@ -8,12 +8,14 @@ mod driver;
 mod faults;
 mod found;
 mod instructions;
+mod invalidate;
 mod issue;
 mod ktest;
 mod late;
 mod memory;
 mod numbers;
 mod queue;
+mod reload;
 mod stale;
 mod statistics;
 mod steal;
@@ -21,6 +23,7 @@ mod storms;
 mod unload;
 mod unplug;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -71,6 +74,17 @@ enum Test {
     StaleDropin,
     /// Stores that are under way when their page is taken away.
     LateStore,
+    /// Times of invalidations, for `tlbridge bench invalidate --guest`.
+    Invalidate,
+    /// A process without a device, for `invalidate`.
+    #[command(hide = true)]
+    InvalidateFloor,
+    /// The driver is unloaded and loaded again under programs that use it. Needs root.
+    Reload {
+        /// Where tlbridge_uv.ko and gru.ko are.
+        #[arg(long, default_value = "/lab/modules")]
+        modules: PathBuf,
+    },
     /// Prints the driver's counters.
     Statistics,
     /// Takes the device away from open contexts. Needs root; nothing works afterwards until gru.ko is loaded anew.
@@ -98,9 +112,16 @@ impl Test {
 type Outcome = Result<String>;
 
 fn run(cli: &Cli) -> Outcome {
+    let (rounds, seed) = (|default| cli.rounds.unwrap_or(default), cli.seed);
+    if let Test::Reload { modules } = &cli.test {
+        // Not while this program has the device.
+        return reload::run(modules, rounds(10));
+    }
+    if let Test::InvalidateFloor = &cli.test {
+        return invalidate::floor().map(|()| "ended with its input".into());
+    }
     statistics::switch_on()?;
     let gru = Gru::open()?;
-    let (rounds, seed) = (|default| cli.rounds.unwrap_or(default), cli.seed);
     match &cli.test {
         Test::Ktest => ktest::run(&gru, rounds(20)),
         Test::Instructions { misses } => {
@@ -114,6 +135,8 @@ fn run(cli: &Cli) -> Outcome {
         Test::Unload => unload::run(&gru, rounds(100), seed),
         Test::StaleDropin => stale::run(&gru, rounds(150)),
         Test::LateStore => late::run(&gru, rounds(20)),
+        Test::Invalidate => invalidate::run(&gru, rounds(100)),
+        Test::Reload { .. } | Test::InvalidateFloor => unreachable!("run above"),
         Test::Statistics => statistics::print(),
         Test::Unplug => unplug::run(&gru),
         Test::Found { fault } => found::run(&gru, *fault, rounds(1000)),
