@@ -43,6 +43,7 @@ pub struct HooksAlreadySet;
 #[derive(Debug)]
 pub struct Atc {
     pub(super) core: Core,
+    by_message: bool,
     dma: Arc<dma::Space>,
     hooks: OnceLock<Arc<dyn Hooks>>,
     /// Accesses are shown to somebody: a sanitizer, or hooks.
@@ -88,6 +89,7 @@ impl Atc {
     pub fn new(config: AtcConfig, dma: Arc<dma::Space>) -> Arc<Self> {
         let atc = Arc::new(Self {
             core: Core::new(&config),
+            by_message: config.by_message,
             dma,
             hooks: OnceLock::new(),
             onlookers: AtomicBool::new(config.sanitize.is_some()),
@@ -232,7 +234,25 @@ impl Atc {
         };
         // Held until the entry is in: an unmap takes the mapping out of the table under the write lock
         // before it purges, so that purge sees the entry, or this fails.
-        let target = self.dma.resolve_for(fill.iova, size, need)?;
+        let target = match self.dma.resolve_for(fill.iova, size, need) {
+            Err(DmaError::ByMessage { .. }) if self.by_message => {
+                let target = self.dma.resolve_by_message(fill.iova, size, need)?;
+                return self.core.fill(
+                    ticket,
+                    &Entry {
+                        space: fill.space.0,
+                        va,
+                        shift: fill.size.shift(),
+                        writable: fill.writable,
+                        storable: target.prot.write,
+                        host: 0,
+                        iova: fill.iova,
+                        tag: fill.tag,
+                    },
+                );
+            }
+            target => target?,
+        };
         let focus = missed
             .checked_sub(va)
             .filter(|&offset| offset < size)
@@ -292,7 +312,15 @@ impl Atc {
         PurgeToken { what, begun }
     }
 
-    /// Second half of [`Atc::purge`]: wait for running accesses.
+    /// [`Atc::purge_finish`] would have to wait for the client, as a write has been sent to it: do something else, and
+    /// look again when one has been answered.
+    #[must_use]
+    pub fn purge_waits_for_client(&self, token: &PurgeToken) -> bool {
+        self.core.waits_for_writes(&token.begun)
+    }
+
+    /// Second half of [`Atc::purge`]: wait for running accesses, and for the client if
+    /// [`Atc::purge_waits_for_client`].
     ///
     /// # Panics
     /// When this thread holds a guard.

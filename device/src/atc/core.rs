@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicU64 as Counter, Ordering as Relax};
 
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering, full_fence, spin_loop, yield_now};
 
+use super::asked::Asked;
 use super::defect::{Defect, Findings, Initiator};
 use super::reach::{Reach, Span, Ticket};
 use super::shadow::{Seen, Shadow};
@@ -54,11 +55,13 @@ struct EngineSlot {
 
 /// Everything that the lock protects.
 #[derive(Debug)]
-struct State {
+pub(super) struct State {
     /// Live entries by size class.
     counts: [u32; CLASSES],
     live: usize,
     tickets: Box<[Ticket]>,
+    /// What each engine asks the client for.
+    pub(super) asked: Box<[Option<Asked>]>,
     active: [Option<Reach>; ACTIVE],
     /// Purges in progress that found `active` full.
     unlisted: usize,
@@ -80,6 +83,8 @@ pub(super) struct Begun {
     place: Option<usize>,
     /// The sanitizer's number for it.
     pub(super) number: Option<u64>,
+    /// It met a write that the client has been asked for.
+    writes: bool,
     pub(super) report: PurgeReport,
 }
 
@@ -138,6 +143,7 @@ impl Core {
                 counts: [0; CLASSES],
                 live: 0,
                 tickets: vec![Ticket::CLOSED; config.tickets].into(),
+                asked: vec![None; config.engines.max(1)].into(),
                 active: [None; ACTIVE],
                 unlisted: 0,
                 hands: vec![0; sets].into(),
@@ -455,6 +461,13 @@ impl Core {
             .filter_map(|ticket| ticket.open.then(|| ticket.widen(reach)))
             .filter(|&widened| widened)
             .count();
+        let (mut asked, mut writes) = (0, false);
+        for access in state.asked.iter_mut().flatten() {
+            if let Some(committed) = access.purge(reach) {
+                asked += 1;
+                writes |= committed;
+            }
+        }
         let entries = if self.checks.clear || reach.frees_memory() {
             let sweep = Sweep {
                 keep: None,
@@ -472,9 +485,11 @@ impl Core {
             reach,
             place,
             number,
+            writes,
             report: PurgeReport {
                 entries,
                 tickets,
+                asked,
                 ..PurgeReport::default()
             },
         }
@@ -486,9 +501,48 @@ impl Core {
         if self.checks.drain || begun.reach.frees_memory() {
             self.drain(&mut report, None);
         }
+        if begun.writes && !begun.reach.frees_memory() {
+            self.wait_for_writes(begun.reach, &mut report);
+        }
         self.retire(&begun);
         self.say();
         report
+    }
+
+    /// Until the client has answered, or is gone: at most the messenger's time limit.
+    fn wait_for_writes(&self, reach: Reach, report: &mut PurgeReport) {
+        while self.writes_hold_up(reach) {
+            report.yields += 1;
+            yield_now();
+        }
+    }
+
+    fn writes_hold_up(&self, reach: Reach) -> bool {
+        let state = self.state.lock();
+        state.asked.iter().flatten().any(|access| access.holds_up(reach))
+    }
+
+    /// [`Core::finish`] would wait for the client.
+    pub(super) fn waits_for_writes(&self, begun: &Begun) -> bool {
+        begun.writes && !begun.reach.frees_memory() && self.writes_hold_up(begun.reach)
+    }
+
+    pub(super) fn with_state<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        change(&mut self.state.lock())
+    }
+
+    /// Under the lock: the entry that translates `va`.
+    pub(super) fn entry_of(&self, state: &State, space: u64, va: u64) -> Option<Entry> {
+        let classes = (0..CLASSES).filter(|&class| state.counts[class] != 0);
+        classes
+            .map(|class| PageSize::MIN_SHIFT + class as u8)
+            .find_map(|shift| {
+                let key = Entry::key(va, shift);
+                let first = self.set(space, va >> shift, shift) * self.ways;
+                let slots = &self.slots[first..first + self.ways];
+                let mut entries = slots.iter().filter_map(Slot::entry);
+                entries.find(|entry| entry.space == space && Entry::key(entry.va, entry.shift) == key)
+            })
     }
 
     /// What a thread inside an access would have to do not to wait for itself; the model checker shows

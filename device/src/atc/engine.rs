@@ -12,6 +12,7 @@ use super::CHUNK;
 use super::cache::Atc;
 use super::defect::Initiator;
 use super::shadow::Seen;
+use super::slot::Found;
 use super::types::{Access, Miss, SpaceId};
 
 thread_local! {
@@ -32,8 +33,8 @@ pub(crate) fn assert_no_guard(what: &str) {
 /// The right of one thread to access memory through an [`Atc`]. The slot goes back on drop.
 #[derive(Debug)]
 pub struct Engine {
-    atc: Arc<Atc>,
-    slot: usize,
+    pub(super) atc: Arc<Atc>,
+    pub(super) slot: usize,
     by: Initiator,
 }
 
@@ -70,6 +71,24 @@ impl Engine {
         let write = access == Access::Write;
         let after = self.atc.core.events();
         let (found, shift) = self.atc.core.access(self.slot, space.0, va, write)?;
+        if found.host == 0 {
+            self.atc.core.leave(self.slot);
+            return Err(Miss::ByMessage);
+        }
+        Ok(self.guard(space, (va, len), access, (found, shift), after))
+    }
+
+    /// The access has been entered and has found memory that is here; `after`: what the sanitizer had seen before.
+    #[inline]
+    pub(super) fn guard(
+        &mut self,
+        space: SpaceId,
+        (va, len): (u64, u64),
+        access: Access,
+        (found, shift): (Found, u8),
+        after: u64,
+    ) -> Guard<'_> {
+        let write = access == Access::Write;
         HELD.set(HELD.get() + 1);
         let page = 1u64 << shift;
         let offset = va & (page - 1);
@@ -101,7 +120,7 @@ impl Engine {
             };
             guard.engine.atc.show(seen, found.tag);
         }
-        Ok(guard)
+        guard
     }
 }
 

@@ -12,6 +12,10 @@
 //! * The ticket is open *before* software can see the miss.
 //! * A thread holds no guard when it purges, fills, opens a miss or waits for anything (asserted).
 
+#[cfg_attr(loom, allow(dead_code))] // The model checker's engines ask for nothing.
+mod asked;
+#[cfg(not(loom))]
+mod asking;
 #[cfg(not(loom))]
 mod cache;
 mod core;
@@ -29,7 +33,10 @@ mod tests;
 mod types;
 
 #[cfg(not(loom))]
+pub use asking::{Asking, Translation};
+#[cfg(not(loom))]
 pub use cache::{Atc, Hooks, HooksAlreadySet, PurgeMark, PurgeToken};
+#[cfg(not(loom))]
 pub use defect::{Defect, EntryLife, Findings, Initiator, Names, PurgeLife, Report, Stamp};
 #[cfg(not(loom))]
 pub(crate) use engine::assert_no_guard;

@@ -31,7 +31,7 @@ pub(super) struct Entry {
     pub(super) writable: bool,
     /// The mapping allows stores; true where `writable` is.
     pub(super) storable: bool,
-    /// Host address of the page's first byte; a multiple of 4096.
+    /// Host address of the page's first byte; a multiple of 4096. 0: the client is asked.
     pub(super) host: u64,
     pub(super) iova: u64,
     pub(super) tag: u64,
@@ -68,7 +68,7 @@ impl Entry {
 /// What a look-up takes out of a slot.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Found {
-    /// Host address of the page's first byte.
+    /// Host address of the page's first byte. 0: the client is asked.
     pub(super) host: u64,
     pub(super) writable: bool,
     pub(super) storable: bool,

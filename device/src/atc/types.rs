@@ -132,6 +132,8 @@ pub struct AtcConfig {
     pub tickets: usize,
     /// Threads that can access memory at the same time.
     pub engines: usize,
+    /// Memory without a file may be entered. Its accesses end with [`Miss::ByMessage`]. Else such fills are refused.
+    pub by_message: bool,
     /// What is switched on.
     pub checks: Checks,
     /// A record of its own looks for broken promises, and speaks of them with these words. Off: costs nothing but a branch.
@@ -148,6 +150,7 @@ impl Default for AtcConfig {
             ways: 4,
             tickets: 128,
             engines: 16,
+            by_message: false,
             checks: Checks::ALL,
             sanitize: None,
             drain_warning: std::time::Duration::from_secs(1),
@@ -225,6 +228,9 @@ pub enum Miss {
     /// A store, and the entry is clean (TLB_MOD).
     #[error("the entry does not allow stores")]
     ReadOnly,
+    /// There is an entry, and the memory has no file: the client has to be asked ([`super::Engine::translate`]).
+    #[error("the memory can only be reached by asking the client")]
+    ByMessage,
 }
 
 /// What a purge did.
@@ -234,6 +240,8 @@ pub struct PurgeReport {
     pub entries: usize,
     /// Outstanding misses whose union it widened.
     pub tickets: usize,
+    /// Accesses by message whose translation it took away.
+    pub asked: usize,
     /// Engines that were inside an access and had to be waited for.
     pub waited_for: usize,
     /// Iterations of the waiting loop that spun.

@@ -9,6 +9,8 @@ use super::{DmaError, Prot, Space};
 /// An access is opened while the mapping is known to be there (the map's lock is held), then done without
 /// any lock. [`Messenger::abort`] ends every open access that meets a range: its caller gets an error, no
 /// request for it is sent any more, and an answer that still comes is thrown away.
+///
+/// Whoever asks can lose interest, too ([`Interest`]): a translation that was purged, a context that is stopped.
 pub trait Messenger: Send + Sync + std::fmt::Debug {
     /// Most data bytes of one request; at least 1.
     fn max_transfer(&self) -> usize;
@@ -20,15 +22,41 @@ pub trait Messenger: Send + Sync + std::fmt::Debug {
     /// Ask for the bytes at `iova`, under the ticket that [`Messenger::open`] gave, which is used up.
     ///
     /// # Errors
-    /// [`DmaError`]: aborted, refused by the client, no answer in time.
-    fn read(&self, ticket: u16, iova: u64, to: &mut [u8]) -> Result<(), DmaError>;
-    /// As [`Messenger::read`], the other way. On error the bytes may have been written or not.
+    /// [`DmaError`]: aborted, not wanted any more, refused by the client, no answer in time.
+    fn read(&self, ticket: u16, iova: u64, to: &mut [u8], interest: &dyn Interest) -> Result<(), DmaError>;
+    /// As [`Messenger::read`], the other way. On error the bytes may have been written or not; but a request
+    /// that was sent and has not been answered in time is the end of the client, as it may still be done.
     ///
     /// # Errors
     /// As [`Messenger::read`].
-    fn write(&self, ticket: u16, iova: u64, from: &[u8]) -> Result<(), DmaError>;
+    fn write(&self, ticket: u16, iova: u64, from: &[u8], interest: &dyn Interest) -> Result<(), DmaError>;
     /// End what is open in that range. Never waits.
     fn abort(&self, iova: Range<u64>);
+    /// Somebody's [`Interest`] may have changed: everybody who waits looks again. Never waits.
+    fn recheck(&self);
+}
+
+/// Whether the one who asks still wants the answer. Called while the messenger holds its locks: takes none that
+/// is held across a wait.
+pub trait Interest {
+    /// A read goes on only while this is true; a write, until it is sent.
+    fn wanted(&self) -> bool;
+    /// A request to write is sent now and cannot be taken back; from here on the answer is waited for. False: it
+    /// is not sent.
+    fn commit(&self) -> bool;
+}
+
+/// Waits for the answer, whatever happens.
+#[derive(Debug)]
+struct Steadfast;
+
+impl Interest for Steadfast {
+    fn wanted(&self) -> bool {
+        true
+    }
+    fn commit(&self) -> bool {
+        true
+    }
 }
 
 impl Space {
@@ -44,12 +72,22 @@ impl Space {
     /// # Panics
     /// When this thread holds a guard of an ATC.
     pub fn read_by_message(&self, iova: u64, to: &mut [u8]) -> Result<(), DmaError> {
+        self.read_while_wanted(iova, to, &Steadfast)
+    }
+
+    /// As [`Space::read_by_message`], for as long as somebody is interested.
+    pub(crate) fn read_while_wanted(
+        &self,
+        iova: u64,
+        to: &mut [u8],
+        interest: &dyn Interest,
+    ) -> Result<(), DmaError> {
         let mut at = iova;
         let mut rest = to;
         while !rest.is_empty() {
             let (messenger, ticket, len) = self.open_message(at, rest.len(), Prot::READ_ONLY)?;
             let (chunk, after) = rest.split_at_mut(len);
-            messenger.read(ticket, at, chunk)?;
+            messenger.read(ticket, at, chunk, interest)?;
             at += len as u64;
             rest = after;
         }
@@ -64,6 +102,16 @@ impl Space {
     /// # Panics
     /// When this thread holds a guard of an ATC.
     pub fn write_by_message(&self, iova: u64, from: &[u8]) -> Result<(), DmaError> {
+        self.write_while_wanted(iova, from, &Steadfast)
+    }
+
+    /// As [`Space::write_by_message`], for as long as somebody is interested.
+    pub(crate) fn write_while_wanted(
+        &self,
+        iova: u64,
+        from: &[u8],
+        interest: &dyn Interest,
+    ) -> Result<(), DmaError> {
         let mut at = iova;
         let mut rest = from;
         while !rest.is_empty() {
@@ -72,7 +120,7 @@ impl Space {
                 write: true,
             };
             let (messenger, ticket, len) = self.open_message(at, rest.len(), need)?;
-            messenger.write(ticket, at, &rest[..len])?;
+            messenger.write(ticket, at, &rest[..len], interest)?;
             at += len as u64;
             rest = &rest[len..];
         }

@@ -27,7 +27,7 @@ mod tests;
 
 pub(crate) use copy::Window;
 pub use lost::Lost;
-pub use message::Messenger;
+pub use message::{Interest, Messenger};
 pub use space::{MappingInfo, Quiet, Resolved, Space, SpaceStats};
 
 use std::ops::Range;
@@ -199,6 +199,14 @@ pub enum DmaError {
         /// Length of it.
         len: u64,
     },
+    /// Whoever asked for an access by message does not want it any more.
+    #[error("the access by message to IOVA {iova:#x}+{len:#x} is not wanted any more")]
+    Unwanted {
+        /// Start of the access.
+        iova: u64,
+        /// Length of it.
+        len: u64,
+    },
     /// The client refused an access by message, or answered it wrongly.
     #[error("the client refused the access to IOVA {iova:#x}+{len:#x}: {errno}")]
     Refused {
@@ -255,7 +263,7 @@ impl DmaError {
             Self::NotMapped { .. } => Errno::NOENT,
             Self::Protection { .. } | Self::BusMasterOff => Errno::ACCESS,
             Self::ByMessage { .. } => Errno::NOTSUP,
-            Self::Aborted { .. } => Errno::CANCELED,
+            Self::Aborted { .. } | Self::Unwanted { .. } => Errno::CANCELED,
             Self::NoAnswer { .. } => Errno::TIMEDOUT,
             Self::ServingThread { .. } => Errno::DEADLK,
             Self::Lost { .. } => Errno::FAULT,

@@ -357,6 +357,14 @@ impl Space {
         }
     }
 
+    /// Whoever waits for an answer of the client looks whether it is still wanted ([`super::Interest`]). Does not
+    /// wait.
+    pub(crate) fn recheck_messages(&self) {
+        if let Some(messenger) = self.messenger() {
+            messenger.recheck();
+        }
+    }
+
     /// End accesses by message, and let none start while the result lives.
     pub fn quiet(&self) -> Quiet<'_> {
         self.write().quiet += 1;
@@ -411,7 +419,7 @@ impl Space {
     /// As [`Space::resolve`], for any combination of rights.
     pub(crate) fn resolve_for(&self, iova: u64, len: u64, need: Prot) -> Result<Resolved<'_>, DmaError> {
         let found = self.find(iova, len, need);
-        if found.is_err() {
+        if matches!(&found, Err(error) if !matches!(error, DmaError::ByMessage { .. })) {
             self.counters.resolve_failures.fetch_add(1, Ordering::Relaxed);
         }
         found
@@ -437,6 +445,24 @@ impl Space {
             table,
             space: self,
         })
+    }
+
+    /// Rights of the mapping without a file that holds all of `[iova, iova + len)`. It stays where it is while the
+    /// result lives (a read lock, as with [`Resolved`]).
+    ///
+    /// # Errors
+    /// As [`Space::resolve`]; also when there is a file.
+    pub(crate) fn resolve_by_message(
+        &self,
+        iova: u64,
+        len: u64,
+        need: Prot,
+    ) -> Result<ResolvedByMessage<'_>, DmaError> {
+        let table = self.read();
+        match table.lookup(iova, len, need)? {
+            (_, &Memory::ByMessage { prot, .. }) => Ok(ResolvedByMessage { prot, _table: table }),
+            (_, Memory::Mapped(_)) => Err(DmaError::NotMapped { iova, len }),
+        }
     }
 
     /// Purge this cache, too, whenever memory is taken away.
@@ -493,6 +519,13 @@ pub struct Resolved<'a> {
     start: u64,
     table: RwLockReadGuard<'a, Table>,
     space: &'a Space,
+}
+
+/// Memory that the client is asked for, and that stays mapped while this lives.
+#[derive(Debug)]
+pub(crate) struct ResolvedByMessage<'a> {
+    pub(crate) prot: Prot,
+    _table: RwLockReadGuard<'a, Table>,
 }
 
 impl Resolved<'_> {

@@ -11,10 +11,10 @@ use protos::gru::cbe::{self, ecause, execstatus};
 use protos::gru::{cb, map};
 
 use super::cch::physical_cbrs;
-use super::chiplet::{CbrState, Chiplet, Context, Phase, bits};
+use super::chiplet::{CbrState, Chiplet, Context, Inside, Phase, bits};
 use super::engine::Bench;
 use super::hardware::Hardware;
-use super::instructions::{Env, Operation, Step, Stop};
+use super::instructions::{Env, Operation, Step, Stop, Waiting};
 use crate::atc::Initiator;
 use crate::faults::Injection;
 
@@ -35,7 +35,7 @@ impl Hardware {
                     break;
                 }
                 if self.has_work(chiplet, (number, logical), cbr)
-                    && self.step(chiplet, context, (number, logical), cbr, bench)
+                    && self.step(chiplet, (context, &inside), (number, logical), cbr, bench)
                 {
                     between();
                 }
@@ -70,7 +70,7 @@ impl Hardware {
                     != 0
             }
             Phase::Polling => !self.rests(chiplet, cbr),
-            Phase::MissFmm | Phase::MissUpm => false,
+            Phase::MissFmm | Phase::MissUpm | Phase::Asking => false,
         }
     }
 
@@ -97,19 +97,41 @@ impl Hardware {
     fn step(
         &self,
         chiplet: &Chiplet,
-        context: &Context,
+        context: (&Context, &Inside<'_>),
         owner: (usize, usize),
         cbr: usize,
         bench: &mut Bench,
     ) -> bool {
-        let resource = &chiplet.cbrs[cbr];
-        let Some(mut held) = resource.try_lock() else {
+        let Some(mut held) = chiplet.cbrs[cbr].try_lock() else {
             return false;
         };
+        let before = chiplet.cbrs[cbr].phase();
+        let worked = self.step_held(chiplet, context, owner, (cbr, &mut held), bench);
+        let asks = before != Phase::Asking && chiplet.cbrs[cbr].phase() == Phase::Asking;
+        // They could not have had it before.
+        drop(held);
+        if asks {
+            self.couriers.call();
+        }
+        worked
+    }
+
+    /// As [`Hardware::step`], for the holder of the CBR's lock.
+    pub(super) fn step_held(
+        &self,
+        chiplet: &Chiplet,
+        (context, inside): (&Context, &Inside<'_>),
+        owner: (usize, usize),
+        (cbr, held): (usize, &mut CbrState),
+        bench: &mut Bench,
+    ) -> bool {
+        let resource = &chiplet.cbrs[cbr];
+        let is_courier = !bench.room.is_empty();
         let cbe_at = chiplet.cbe(cbr);
         let mut fresh = false;
         let mut operation = match resource.phase() {
-            Phase::Ready | Phase::Polling => {
+            Phase::Asking if !is_courier => return false,
+            Phase::Ready | Phase::Polling | Phase::Asking => {
                 resource.rests_until.store(0, Ordering::Relaxed);
                 Operation::load(|offset| self.memory.word(cbe_at + offset).load(Ordering::Relaxed))
             }
@@ -126,6 +148,7 @@ impl Hardware {
         };
         let engine = &mut bench.engines[chiplet.index];
         engine.works_for(Initiator::new(owner.0, cbr));
+        let mut asked = 0;
         let mut env = Env {
             engine,
             context,
@@ -142,6 +165,12 @@ impl Hardware {
             unmapped: false,
             exchanging: &self.exchanging,
             injector: &self.injector,
+            waiting: Waiting {
+                inside,
+                pausing: &self.pausing,
+            },
+            room: &mut bench.room,
+            asked: &mut asked,
         };
         let result = if fresh && self.injector.strikes(Injection::ExecutionError).is_some() {
             Err(Stop::Exception(ecause::EXECUTION_HW_ERROR))
@@ -159,17 +188,24 @@ impl Hardware {
                 self.memory.word(cbe_at + offset).store(value, Ordering::Release);
             });
         };
+        self.counters.asked.add(asked);
         match result {
             Ok(Step::More) => {
                 save(cbe::State::REQUEST_ISSUE, 0, pending);
-                resource.set_phase(&mut held, Phase::Ready);
+                // What asked once is likely to ask again.
+                let next = if asked > 0 { Phase::Asking } else { Phase::Ready };
+                resource.set_phase(held, next);
+            }
+            Err(Stop::ByMessage | Stop::Again) => {
+                save(cbe::State::WAIT_RESPONSE, 0, pending);
+                resource.set_phase(held, Phase::Asking);
             }
             Ok(Step::Wait) => {
                 save(cbe::State::WAIT_RESPONSE, 0, pending);
                 let until = self.now().saturating_add(held.rest.as_nanos() as u64);
                 held.rest = (held.rest * 2).clamp(FIRST_REST, LAST_REST);
                 resource.rests_until.store(until, Ordering::Relaxed);
-                resource.set_phase(&mut held, Phase::Polling);
+                resource.set_phase(held, Phase::Polling);
                 return false;
             }
             Ok(Step::Done(old)) => {
@@ -177,13 +213,13 @@ impl Hardware {
                 self.store_avalue(chiplet, owner, old);
                 self.counters.instructions.bump();
                 let ending = (cb::Status::IDLE, SubStatus::NONE);
-                self.finish(chiplet, context, owner, cbr, &mut held, ending);
+                self.finish(chiplet, context, owner, cbr, held, ending);
             }
             Err(Stop::Exception(cause)) => {
                 save(cbe::State::IDLE, cause, execstatus::EXCEPTION);
                 self.counters.exceptions.bump();
                 let ending = (cb::Status::EXCEPTION, SubStatus::NONE);
-                self.finish(chiplet, context, owner, cbr, &mut held, ending);
+                self.finish(chiplet, context, owner, cbr, held, ending);
             }
             Err(Stop::Message { substatus, avalue }) => {
                 // No error of the instruction: ecause stays empty, the substatus says it all.
@@ -191,11 +227,11 @@ impl Hardware {
                 self.store_avalue(chiplet, owner, avalue);
                 self.counters.messages_refused.bump();
                 let ending = (cb::Status::EXCEPTION, substatus);
-                self.finish(chiplet, context, owner, cbr, &mut held, ending);
+                self.finish(chiplet, context, owner, cbr, held, ending);
             }
             Err(Stop::Fault(fault)) => {
                 save(cbe::State::WAIT_RESPONSE, 0, pending);
-                self.raise_miss(chiplet, owner, cbr, &mut held, fault);
+                self.raise_miss(chiplet, owner, cbr, held, fault);
             }
         }
         true

@@ -162,6 +162,8 @@ impl Hardware {
                 chiplet.active.fetch_and(!(1 << number), Ordering::SeqCst);
                 context.set_open(false);
                 if !context.is_quiet() {
+                    // A courier may be waiting for the client on its behalf.
+                    self.dma.recheck_messages();
                     self.show_busy(chiplet, context);
                     return Outcome::NotYet;
                 }
@@ -171,7 +173,7 @@ impl Hardware {
                 for (cbr, _held) in &cbrs {
                     let state = match chiplet.cbrs[*cbr].phase() {
                         Phase::Idle => continue,
-                        Phase::Ready | Phase::Polling => cbe::State::INTERRUPTED,
+                        Phase::Ready | Phase::Polling | Phase::Asking => cbe::State::INTERRUPTED,
                         Phase::MissUpm => cbe::State::INTERRUPTED_MISS_UPM,
                         Phase::MissFmm => unreachable!("a quiet context has no fault-map miss"),
                     };
@@ -273,7 +275,7 @@ impl Hardware {
             };
             let state = match chiplet.cbrs[cbr].phase() {
                 Phase::Idle => continue,
-                Phase::Ready | Phase::Polling => cbe::State::BUSY_INTERRUPT,
+                Phase::Ready | Phase::Polling | Phase::Asking => cbe::State::BUSY_INTERRUPT,
                 Phase::MissFmm => cbe::State::BUSY_INTERRUPT_MISS_FMM,
                 Phase::MissUpm => cbe::State::BUSY_INTERRUPTED_MISS_UPM,
             };
@@ -329,6 +331,11 @@ impl Hardware {
         if !fresh {
             match chiplet.cbrs[cbr].phase() {
                 Phase::Ready | Phase::Polling => self.set_cbrstate(chiplet, cbr, cbe::State::QUEUED),
+                // The engine that meets the memory again hands it over again.
+                Phase::Asking => {
+                    self.set_cbrstate(chiplet, cbr, cbe::State::QUEUED);
+                    chiplet.cbrs[cbr].set_phase(held, Phase::Ready);
+                }
                 // Miss and TFH have survived; the CBR goes on waiting.
                 Phase::MissUpm => self.set_cbrstate(chiplet, cbr, cbe::State::WAIT_RESPONSE),
                 Phase::Idle | Phase::MissFmm => {}

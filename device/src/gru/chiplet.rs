@@ -24,6 +24,8 @@ pub(super) enum Phase {
     MissUpm,
     /// EPOLL or NPOLL: memory does not say yet what it waits for.
     Polling,
+    /// An instruction can make progress, but has to ask the client for its memory: a courier's work.
+    Asking,
 }
 
 impl Phase {
@@ -34,6 +36,7 @@ impl Phase {
             2 => Self::MissFmm,
             3 => Self::MissUpm,
             4 => Self::Polling,
+            5 => Self::Asking,
             other => unreachable!("a phase is stored by this module only, found {other}"),
         }
     }
@@ -71,6 +74,8 @@ pub(super) struct Cbr {
     phase: AtomicU8,
     /// A fill is being held back by the fault plan: the TFH is not looked at.
     pub(super) held: AtomicBool,
+    /// A courier is at it.
+    pub(super) courier: AtomicBool,
     /// [`Phase::Polling`], or held up by the fault plan: the device's time (nanoseconds) before which the CBR rests.
     pub(super) rests_until: AtomicU64,
 }
@@ -216,6 +221,7 @@ impl Chiplet {
             state: Mutex::new(CbrState::NEW),
             phase: AtomicU8::new(Phase::Idle as u8),
             held: AtomicBool::new(false),
+            courier: AtomicBool::new(false),
             rests_until: AtomicU64::new(0),
         };
         Self {

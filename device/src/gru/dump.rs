@@ -36,6 +36,8 @@ pub struct GruStats {
     pub fills_killed: u64,
     /// TLBINV commands executed.
     pub tgh_purges: u64,
+    /// Accesses for which the client was asked, as its memory has no file.
+    pub accesses_by_message: u64,
     /// Engines that wait for a ring now.
     pub engines_asleep: u32,
     /// Times that an engine went to sleep.
@@ -68,6 +70,7 @@ pub(super) fn stats(hardware: &Hardware) -> GruStats {
         fills: counters.fills.get(),
         fills_killed: counters.fills_killed.get(),
         tgh_purges: counters.tgh_purges.get(),
+        accesses_by_message: counters.asked.get(),
         engines_asleep: hardware.wake.asleep(),
         parks: hardware.wake.parks.load(Ordering::Relaxed),
         rings: hardware.wake.rings.load(Ordering::Relaxed),

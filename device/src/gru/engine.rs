@@ -21,6 +21,8 @@ pub(super) struct Bench {
     /// One for each chiplet.
     pub(super) engines: Vec<atc::Engine>,
     pub(super) bounce: Box<[u8]>,
+    /// Room for what the client is asked for; a courier's is one chunk long, an engine's empty: it does not wait.
+    pub(super) room: Box<[u8]>,
 }
 
 /// How long to look for work before sleeping: doubled when work came while spinning, halved when not.
@@ -66,7 +68,7 @@ impl Spin {
 /// An engine that dies (a broken invariant) still counts as awake: nobody would ring, and the device would live on
 /// without an answer. Its peers understand the end of the process; they wait for ever for a silent one.
 #[derive(Debug)]
-struct Vital;
+pub(super) struct Vital;
 
 impl Drop for Vital {
     fn drop(&mut self) {
@@ -142,7 +144,7 @@ impl Hardware {
             .quiesce
             .read()
             .expect("no thread dies while it resets the device");
-        let mut worked = self.flush_handles();
+        let mut worked = self.flush_handles() | self.tgh_settle();
         for chiplet in &self.chiplets {
             worked |= self.tfh_scan(chiplet, full);
             worked |= self.cch_retry(chiplet);
@@ -169,12 +171,13 @@ impl Hardware {
             .quiesce
             .read()
             .expect("no thread dies while it resets the device");
-        self.chiplets.iter().any(|chiplet| {
-            self.tgh_waiting(chiplet)
-                || self.tfh_waiting(chiplet)
-                || self.cch_waiting(chiplet)
-                || self.cb_waiting(chiplet)
-        })
+        self.tgh_settles()
+            || self.chiplets.iter().any(|chiplet| {
+                self.tgh_waiting(chiplet)
+                    || self.tfh_waiting(chiplet)
+                    || self.cch_waiting(chiplet)
+                    || self.cb_waiting(chiplet)
+            })
     }
 
     /// Around what may take long: the calling engine counts as asleep, so that a purge does not wait for it.

@@ -7,8 +7,10 @@ use std::time::Instant;
 use protos::gru::{cb, cbe, map};
 
 use super::chiplet::{Chiplet, bits};
+use super::courier::Couriers;
 use super::memory::BarMemory;
 use super::tfh::Operands;
+use super::tgh::Owing;
 use super::trapped::Trapped;
 use super::wake::Wake;
 use super::{Counters, GruConfig};
@@ -25,6 +27,9 @@ pub(super) struct Hardware {
     /// BAR2.
     pub(super) memory: Arc<BarMemory>,
     pub(super) wake: Arc<Wake>,
+    pub(super) couriers: Couriers,
+    /// Flushes that wait for the client.
+    pub(super) owed: Owing,
     pub(super) chiplets: Vec<Chiplet>,
     pub(super) interrupts: Arc<Interrupts>,
     /// For unmapped mode.
@@ -127,8 +132,12 @@ impl Hardware {
     pub(super) fn reset(&self) {
         self.interrupt_delays(true);
         self.pausing.store(true, Ordering::SeqCst);
+        self.dma.recheck_messages();
         let quiet = self.quiesce.write().expect("no engine dies while it works");
         self.wake.begin_reset();
+        self.owed.settle_all(|chiplet, token| {
+            self.chiplets[chiplet].atc.purge_finish(token);
+        });
         for chiplet in &self.chiplets {
             *chiplet
                 .configuration
@@ -180,6 +189,11 @@ pub(super) struct Count(AtomicU64);
 impl Count {
     pub(super) fn bump(&self) {
         self.0.fetch_add(1, Ordering::Relaxed);
+    }
+    pub(super) fn add(&self, count: u64) {
+        if count > 0 {
+            self.0.fetch_add(count, Ordering::Relaxed);
+        }
     }
     pub(super) fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)

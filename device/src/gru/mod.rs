@@ -20,6 +20,7 @@
 mod cb;
 mod cch;
 mod chiplet;
+mod courier;
 mod dump;
 mod engine;
 mod hardware;
@@ -228,6 +229,7 @@ struct Counters {
     fills: Count,
     fills_killed: Count,
     tgh_purges: Count,
+    asked: Count,
 }
 
 /// The GRU model. Dropping it ends its threads.
@@ -235,6 +237,7 @@ struct Counters {
 pub struct Gru {
     hardware: Arc<Hardware>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    couriers: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Gru {
@@ -267,7 +270,8 @@ impl Gru {
             sets: config.tlb_sets,
             ways: config.tlb_ways,
             tickets: map::CBRS,
-            engines: config.engines,
+            engines: config.engines + courier::COURIERS,
+            by_message: true,
             checks: config.broken.checks(),
             ..AtcConfig::default()
         };
@@ -310,6 +314,8 @@ impl Gru {
             config,
             memory,
             wake,
+            couriers: courier::Couriers::default(),
+            owed: tgh::Owing::default(),
             chiplets,
             interrupts: context.interrupts,
             dma: context.dma,
@@ -327,28 +333,39 @@ impl Gru {
         });
         let gru = Arc::new(Self {
             hardware,
-            threads: Mutex::new(Vec::new()),
+            threads: Mutex::default(),
+            couriers: Mutex::default(),
         });
+        let bench = |room: u64| Bench {
+            engines: gru
+                .hardware
+                .chiplets
+                .iter()
+                .map(|chiplet| {
+                    chiplet
+                        .atc
+                        .engine()
+                        .expect("an ATC has a handle for each engine and courier")
+                })
+                .collect(),
+            bounce: vec![0; instructions::STEP_BYTES as usize].into(),
+            room: vec![0; room as usize].into(),
+        };
+        let spawn = |name: String, body: Box<dyn FnOnce() + Send>| {
+            let thread = std::thread::Builder::new().name(name).spawn(body);
+            thread.map_err(system("an engine thread"))
+        };
         for number in 0..config.engines {
-            let hardware = Arc::clone(&gru.hardware);
-            let bench = Bench {
-                engines: hardware
-                    .chiplets
-                    .iter()
-                    .map(|chiplet| {
-                        chiplet
-                            .atc
-                            .engine()
-                            .expect("an ATC has a handle for each engine thread")
-                    })
-                    .collect(),
-                bounce: vec![0; instructions::STEP_BYTES as usize].into(),
-            };
-            let thread = std::thread::Builder::new()
-                .name(format!("gru-engine-{number}"))
-                .spawn(move || engine::run(&hardware, bench))
-                .map_err(system("an engine thread"))?;
+            let (hardware, bench) = (Arc::clone(&gru.hardware), bench(0));
+            let body = move || engine::run(&hardware, bench);
+            let thread = spawn(format!("gru-engine-{number}"), Box::new(body))?;
             gru.threads().push(thread);
+        }
+        for number in 0..courier::COURIERS {
+            let (hardware, bench) = (Arc::clone(&gru.hardware), bench(instructions::STEP_BYTES));
+            let body = move || courier::run(&hardware, bench);
+            let thread = spawn(format!("gru-courier-{number}"), Box::new(body))?;
+            gru.couriers().push(thread);
         }
         Ok(gru)
     }
@@ -365,6 +382,12 @@ impl Gru {
         self.hardware.chiplets.get(chiplet).map(|chiplet| &chiplet.atc)
     }
 
+    fn couriers(&self) -> std::sync::MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.couriers
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
     fn threads(&self) -> std::sync::MutexGuard<'_, Vec<JoinHandle<()>>> {
         self.threads
             .lock()
@@ -376,8 +399,11 @@ impl Drop for Gru {
     fn drop(&mut self) {
         self.hardware.interrupt_delays(true);
         self.hardware.pausing.store(true, Ordering::SeqCst);
+        self.hardware.dma.recheck_messages();
+        self.hardware.couriers.stop();
         self.hardware.wake.stop();
-        for thread in self.threads().drain(..) {
+        let couriers = std::mem::take(&mut *self.couriers());
+        for thread in self.threads().drain(..).chain(couriers) {
             if thread.join().is_err() {
                 tracing::error!("a GRU engine thread had panicked");
             }

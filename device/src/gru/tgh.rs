@@ -1,7 +1,8 @@
 //! TLB flush handles (reference section 4): kill, clear, drain, and only then idle.
 //!
 //! Any engine executes any TGH, between chunks and never under a guard. Nothing on the way sleeps or allocates.
-//! Two TGHs that purge the same context at once are independent: each waits for its own drain.
+//! Two TGHs that purge the same context at once are independent: each waits for its own drain. One that meets a write
+//! which the client has been sent (memory without a file) stays ACTIVE until that is answered, and holds up nobody.
 //!
 //! Decided here (section 16): matching is by overlap, whatever the entry's page size, unless
 //! [`PurgeMatch::Exact`](super::PurgeMatch) says otherwise; `n` = 1023 and any
@@ -9,7 +10,8 @@
 //! address space, which covers every context that can use it); `delresp` is stored and never looked at.
 
 use std::ops::Range;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicUsize, Ordering, fence};
+use std::sync::{Mutex, MutexGuard};
 
 use protos::gru::tgh::{self, Control, Count, Opc, Scope, State};
 use protos::gru::{HandleStatus, map, page_size};
@@ -17,7 +19,7 @@ use protos::gru::{HandleStatus, map, page_size};
 use super::PurgeMatch;
 use super::chiplet::Chiplet;
 use super::hardware::Hardware;
-use crate::atc::{PageSize, Purge, PurgeMark, SpaceId};
+use crate::atc::{PageSize, Purge, PurgeMark, PurgeToken, SpaceId};
 use crate::faults::Injection;
 
 /// DW0 bits that the device owns: cmd, status, state, cause.
@@ -52,6 +54,52 @@ pub(super) fn decode(vaddr: u64, scope: Scope, count: Count) -> Scoped {
     let start = vaddr >> shift << shift;
     let bytes = (u64::from(count.n()) + 1) << shift;
     Scoped::Range(scope.asid(), start..start.saturating_add(bytes))
+}
+
+/// A purge that met a write which the client has been sent: it completes when that has been answered. No engine waits
+/// for that.
+#[derive(Debug)]
+pub(super) struct Owed {
+    chiplet: usize,
+    handle: usize,
+    token: PurgeToken,
+    /// The fault plan has answered it already.
+    early: bool,
+}
+
+/// All of them: at most one for each handle.
+#[derive(Debug, Default)]
+pub(super) struct Owing {
+    /// Leaf lock, but for the ATC's.
+    list: Mutex<Vec<Owed>>,
+    count: AtomicUsize,
+}
+
+impl Owing {
+    fn lock(&self) -> MutexGuard<'_, Vec<Owed>> {
+        self.list.lock().expect("no thread dies while it owes a purge")
+    }
+
+    fn put(&self, owed: Owed) {
+        let mut list = self.lock();
+        list.push(owed);
+        self.count.store(list.len(), Ordering::SeqCst);
+    }
+
+    /// One that is `due`.
+    pub(super) fn take(&self, due: impl Fn(&Owed) -> bool) -> Option<Owed> {
+        let mut list = self.lock();
+        let owed = list.iter().position(due).map(|at| list.swap_remove(at));
+        self.count.store(list.len(), Ordering::SeqCst);
+        owed
+    }
+
+    /// A reset: nobody asks the client any more.
+    pub(super) fn settle_all(&self, finish: impl Fn(usize, PurgeToken)) {
+        while let Some(owed) = self.take(|_| true) {
+            finish(owed.chiplet, owed.token);
+        }
+    }
 }
 
 impl Hardware {
@@ -105,14 +153,50 @@ impl Hardware {
         // The other engine may have finished it between the look and the claim.
         let word = self.memory.word(chiplet.tgh(handle) + tgh::CONTROL);
         let control = Control::from_bits(word.load(Ordering::Acquire));
-        if control.cmd() {
-            self.tgh_execute(chiplet, handle, control);
+        if control.cmd() && !self.tgh_execute(chiplet, handle, control) {
+            // The claim stays: it is finished later.
+            return true;
         }
         chiplet.tgh_claims.fetch_and(!bit, Ordering::Release);
         control.cmd()
     }
 
-    fn tgh_execute(&self, chiplet: &Chiplet, handle: usize, control: Control) {
+    /// Finishes the TGHs that waited for the client. Returns whether there was one.
+    pub(super) fn tgh_settle(&self) -> bool {
+        if self.owed.count.load(Ordering::SeqCst) == 0 {
+            return false;
+        }
+        let mut settled = false;
+        while let Some(owed) = self.owed.take(|owed| !self.tgh_is_held_up(owed)) {
+            let chiplet = &self.chiplets[owed.chiplet];
+            let mark = owed.token.mark();
+            chiplet.atc.purge_finish(owed.token);
+            self.counters.tgh_purges.bump();
+            if !owed.early {
+                self.tgh_answer(chiplet, owed.handle, Some(mark));
+            }
+            chiplet
+                .tgh_claims
+                .fetch_and(!(1 << owed.handle), Ordering::Release);
+            settled = true;
+        }
+        settled
+    }
+
+    /// Whether [`Hardware::tgh_settle`] would find something.
+    pub(super) fn tgh_settles(&self) -> bool {
+        self.owed.count.load(Ordering::SeqCst) != 0
+            && self.owed.lock().iter().any(|owed| !self.tgh_is_held_up(owed))
+    }
+
+    fn tgh_is_held_up(&self, owed: &Owed) -> bool {
+        self.chiplets[owed.chiplet]
+            .atc
+            .purge_waits_for_client(&owed.token)
+    }
+
+    /// False: it is not finished yet, as the client has been sent a write that it meets.
+    fn tgh_execute(&self, chiplet: &Chiplet, handle: usize, control: Control) -> bool {
         let base = chiplet.tgh(handle);
         let word = self.memory.word(base + tgh::CONTROL);
         if control.opc() == Opc::TLBINV {
@@ -142,15 +226,29 @@ impl Hardware {
             if early {
                 self.tgh_answer(chiplet, handle, Some(mark));
             }
+            if token.report().asked > 0 {
+                // Takes a lock, but only in the company of a client that is asked: whoever waits for it misses again.
+                self.dma.recheck_messages();
+            }
+            if chiplet.atc.purge_waits_for_client(&token) {
+                self.owed.put(Owed {
+                    chiplet: chiplet.index,
+                    handle,
+                    token,
+                    early,
+                });
+                return false;
+            }
             let report = chiplet.atc.purge_finish(token);
             self.counters.tgh_purges.bump();
             tracing::trace!(chiplet = chiplet.index, handle, ?scoped, ?report, "TLBINV");
             if !early {
                 self.tgh_answer(chiplet, handle, Some(mark));
             }
-            return;
+            return true;
         }
         self.tgh_answer(chiplet, handle, None);
+        true
     }
 
     /// Everything that the purge promises is done before software can see idle. An atomic AND: software's delresp may

@@ -200,12 +200,17 @@ impl<'f> Connection<'f> {
             may_be_short: theirs.write_multiple == Some(true),
         };
         let requests = match self.session.twin.take() {
-            None => Requests::new(Arc::clone(&self.out), request_options),
+            None => Requests::new(
+                Arc::clone(&self.out),
+                Arc::clone(self.out.socket()),
+                request_options,
+            ),
             Some(socket) => {
                 set_socket_timeout(&socket, Timeout::Send, Some(options.client_timeout))
                     .map_err(Ended::Socket)?;
                 let out = Outgoing::new(Arc::new(socket));
-                let requests = Requests::new(Arc::clone(&out), request_options);
+                let connection = Arc::clone(self.out.socket());
+                let requests = Requests::new(Arc::clone(&out), connection, request_options);
                 self.twin = Some(Twin::start(out, &requests, *options)?);
                 requests
             }

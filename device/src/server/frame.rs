@@ -268,16 +268,17 @@ impl Receiver {
             return Err(if idle { Ended::Closed } else { Ended::Truncated });
         }
         self.filled += message.bytes;
-        let mut received = Fds {
-            overflow: message.flags.contains(ReturnFlags::CTRUNC),
-            ..Fds::default()
-        };
+        // None, nearly always: room for them is made when there is one.
+        let mut received: Option<Fds> = None;
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(list) = message {
-                list.for_each(|fd| received.push(fd));
+                list.for_each(|fd| received.get_or_insert_default().push(fd));
             }
         }
-        if received.len > 0 || received.overflow {
+        if message.flags.contains(ReturnFlags::CTRUNC) {
+            received.get_or_insert_default().overflow = true;
+        }
+        if let Some(received) = received {
             match self.last_start() {
                 0 => fds.append(received),
                 at => {
@@ -313,6 +314,17 @@ pub(super) fn send_message(socket: &OwnedFd, message: &[u8], fds: &[BorrowedFd<'
     }
     while sent < message.len() {
         sent += retry_on_intr(|| send(socket, &message[sent..], SendFlags::NOSIGNAL)).map_err(send_error)?;
+    }
+    Ok(())
+}
+
+/// Send a message that is in pieces.
+pub(super) fn send_pieces(socket: &OwnedFd, mut pieces: &mut [IoSlice<'_>]) -> Result<(), Ended> {
+    IoSlice::advance_slices(&mut pieces, 0);
+    while !pieces.is_empty() {
+        let mut control = SendAncillaryBuffer::default();
+        let sent = retry_on_intr(|| sendmsg(socket, pieces, &mut control, SendFlags::NOSIGNAL));
+        IoSlice::advance_slices(&mut pieces, sent.map_err(send_error)?);
     }
     Ok(())
 }

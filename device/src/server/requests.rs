@@ -4,9 +4,14 @@
 //! waits here; the thread that reads the socket goes on serving and hands the answer over. Whoever takes the
 //! memory away ([`Messenger::abort`]) wakes the worker with an error; the message id stays taken until the
 //! late answer has come and has been thrown away, so that it is never taken for another one's.
+//!
+//! A DMA_READ that is not answered in time fails and is forgotten. A DMA_WRITE cannot be forgotten: the client may do
+//! it at any later time, when the memory means something else to whoever gave the device its address. So the client
+//! is disconnected.
 
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::io::IoSlice;
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -19,10 +24,14 @@ use rustix::net::{Shutdown, shutdown};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::frame::{self, Ended};
-use crate::dma::{DmaError, Messenger};
+use crate::dma::{DmaError, Interest, Messenger};
 
 /// Most message ids in use, those of answers that never came included.
 const MAX_TICKETS: usize = 1024;
+
+/// Buffers for answers that are kept, and the largest of them.
+const KEPT: usize = 8;
+const KEPT_BYTES: usize = 128 << 10;
 
 thread_local! {
     /// This thread reads a client's socket.
@@ -108,12 +117,16 @@ struct State {
     closed: bool,
     next: u16,
     tickets: HashMap<u16, Ticket>,
+    /// Buffers for answers.
+    spare: Vec<Vec<u8>>,
 }
 
 /// What one client is asked.
 #[derive(Debug)]
 pub(super) struct Requests {
     out: Arc<Outgoing>,
+    /// What is shut down when the client cannot be trusted any more: the socket of its own commands.
+    connection: Arc<OwnedFd>,
     options: RequestOptions,
     layout: AtomicU8,
     /// Taken inside `out`'s lock, or alone.
@@ -122,7 +135,8 @@ pub(super) struct Requests {
 }
 
 impl Requests {
-    pub(super) fn new(out: Arc<Outgoing>, options: RequestOptions) -> Arc<Self> {
+    /// `out` is where requests go, `connection` the socket of the client's own commands.
+    pub(super) fn new(out: Arc<Outgoing>, connection: Arc<OwnedFd>, options: RequestOptions) -> Arc<Self> {
         let layout = if options.may_be_short {
             Layout::Unknown
         } else {
@@ -130,6 +144,7 @@ impl Requests {
         };
         Arc::new(Self {
             out,
+            connection,
             options,
             layout: AtomicU8::new(layout as u8),
             state: Mutex::default(),
@@ -163,14 +178,20 @@ impl Requests {
             state.tickets.remove(&id);
             return true;
         }
-        ticket.answer = Some(if header.flags.contains(MessageFlags::ERROR) {
+        let answer = if header.flags.contains(MessageFlags::ERROR) {
             let errno = i32::try_from(header.error)
                 .ok()
                 .filter(|errno| (1..4096).contains(errno));
             Err(errno.map_or(Errno::IO, Errno::from_raw_os_error))
         } else {
-            Ok(body.to_vec())
-        });
+            let mut bytes = state.spare.pop().unwrap_or_default();
+            bytes.clear();
+            bytes.extend_from_slice(body);
+            Ok(bytes)
+        };
+        if let Some(ticket) = state.tickets.get_mut(&id) {
+            ticket.answer = Some(answer);
+        }
         drop(state);
         self.changed.notify_all();
         true
@@ -187,15 +208,36 @@ impl Requests {
         }
     }
 
-    /// Send a request and wait for the answer's payload.
-    fn exchange(&self, id: u16, command: Command, payload: &[&[u8]]) -> Result<Vec<u8>, DmaError> {
+    /// An answer's buffer is not needed any more.
+    fn give_back(&self, answer: Vec<u8>) {
+        let mut state = self.lock();
+        if state.spare.len() < KEPT && answer.capacity() <= KEPT_BYTES {
+            state.spare.push(answer);
+        }
+    }
+
+    /// The client may still do what it was asked to, and nobody will know when.
+    fn cut_off(&self, iova: u64) {
+        tracing::warn!(
+            iova,
+            timeout = ?self.options.timeout,
+            "the client has not answered a DMA_WRITE in time: it is disconnected, as it could still write there later"
+        );
+        let _ = shutdown(&*self.connection, Shutdown::Both);
+        self.close();
+    }
+
+    /// Send a request and wait for the answer's payload, which goes to [`Requests::give_back`].
+    fn exchange(
+        &self,
+        id: u16,
+        command: Command,
+        payload: [&[u8]; 3],
+        interest: &dyn Interest,
+    ) -> Result<Vec<u8>, DmaError> {
         let len = payload.iter().map(|part| part.len()).sum();
         let header = Header::command(id, command, len, MessageFlags::COMMAND);
-        let mut message = Vec::with_capacity(Header::SIZE + len);
-        message.extend_from_slice(header.as_bytes());
-        for part in payload {
-            message.extend_from_slice(part);
-        }
+        let writes = command == Command::DMA_WRITE;
         {
             // Looked at under the lock of the stream: what is aborted before an unmap's reply is sent is not
             // sent after it.
@@ -204,10 +246,18 @@ impl Requests {
             let closed = state.closed;
             let ticket = state.tickets.get_mut(&id).expect("an open ticket");
             ticket.ended(closed)?;
+            let wanted = if writes {
+                interest.commit()
+            } else {
+                interest.wanted()
+            };
+            ticket.still(wanted)?;
             ticket.command = command;
             ticket.outstanding = true;
             drop(state);
-            if let Err(ended) = frame::send_message(&self.out.socket, &message, &[]) {
+            let [first, second, third] = payload;
+            let mut pieces = [header.as_bytes(), first, second, third].map(IoSlice::new);
+            if let Err(ended) = frame::send_pieces(&self.out.socket, &mut pieces) {
                 tracing::warn!(%command, reason = %ended, "a request cannot be sent; the connection ends");
                 // The stream may end in the middle of a message.
                 let _ = shutdown(&*self.out.socket, Shutdown::Both);
@@ -224,11 +274,16 @@ impl Requests {
             if let Some(answer) = ticket.answer.take() {
                 return answer.map_err(|errno| DmaError::Refused { iova, len, errno });
             }
+            ticket.still(writes || interest.wanted())?;
             state = match deadline {
                 None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
                 Some(deadline) => {
                     let left = deadline.saturating_duration_since(Instant::now());
                     if left.is_zero() {
+                        drop(state);
+                        if writes {
+                            self.cut_off(iova);
+                        }
                         return Err(DmaError::NoAnswer { iova, len });
                     }
                     let woken = self.changed.wait_timeout(state, left);
@@ -240,7 +295,7 @@ impl Requests {
 
     /// Find out which layout the client has. The request reads nothing: by the specification it asks for 4
     /// GiB, which is over every limit and refused; with a 32-bit count it asks for 0 bytes.
-    fn learn_layout(&self, id: u16, iova: u64) -> Result<Layout, DmaError> {
+    fn learn_layout(&self, id: u16, iova: u64, interest: &dyn Interest) -> Result<Layout, DmaError> {
         let known = self.layout.load(Ordering::Relaxed);
         if known != Layout::Unknown as u8 {
             return Ok(if known == Layout::Short as u8 {
@@ -253,8 +308,11 @@ impl Requests {
             address: iova,
             count: 1 << 32,
         };
-        let layout = match self.exchange(id, Command::DMA_READ, &[probe.as_bytes()]) {
-            Ok(_) => Layout::Short,
+        let layout = match self.exchange(id, Command::DMA_READ, [probe.as_bytes(), &[], &[]], interest) {
+            Ok(answer) => {
+                self.give_back(answer);
+                Layout::Short
+            }
             Err(DmaError::Refused { .. }) => Layout::Specified,
             Err(error) => return Err(error),
         };
@@ -263,34 +321,20 @@ impl Requests {
         Ok(layout)
     }
 
-    fn read_now(&self, id: u16, iova: u64, to: &mut [u8]) -> Result<(), DmaError> {
-        let layout = self.learn_layout(id, iova)?;
+    fn read_now(&self, id: u16, iova: u64, to: &mut [u8], interest: &dyn Interest) -> Result<(), DmaError> {
+        let layout = self.learn_layout(id, iova, interest)?;
         let access = DmaAccess {
             address: iova,
             count: to.len() as u64,
         };
-        let answer = self.exchange(id, Command::DMA_READ, &[access.as_bytes()])?;
-        let bad = DmaError::Refused {
-            iova,
-            len: access.count,
-            errno: Errno::PROTO,
-        };
-        if answer.len() != DmaAccess::SIZE + to.len() {
-            return Err(bad);
-        }
-        let (head, data) = match layout {
-            Layout::Short => answer.split_at(DmaAccess::SHORT_SIZE),
-            _ => answer.split_at(DmaAccess::SIZE),
-        };
-        if head != &access.as_bytes()[..head.len()] {
-            return Err(bad);
-        }
-        to.copy_from_slice(&data[..to.len()]);
-        Ok(())
+        let answer = self.exchange(id, Command::DMA_READ, [access.as_bytes(), &[], &[]], interest)?;
+        let result = take_data(layout, &access, &answer, to);
+        self.give_back(answer);
+        result
     }
 
-    fn write_now(&self, id: u16, iova: u64, from: &[u8]) -> Result<(), DmaError> {
-        let layout = self.learn_layout(id, iova)?;
+    fn write_now(&self, id: u16, iova: u64, from: &[u8], interest: &dyn Interest) -> Result<(), DmaError> {
+        let layout = self.learn_layout(id, iova, interest)?;
         let access = DmaAccess {
             address: iova,
             count: from.len() as u64,
@@ -303,9 +347,11 @@ impl Requests {
             }
             _ => [head, from, &[]],
         };
-        let answer = self.exchange(id, Command::DMA_WRITE, &parts)?;
-        let echoed = DmaAccess::read_from_prefix(&answer).map(|(echoed, _)| echoed);
-        if !echoed.is_ok_and(|echoed| echoed.address == iova && echoed.count as u32 == access.count as u32) {
+        let answer = self.exchange(id, Command::DMA_WRITE, parts, interest)?;
+        let echoed = DmaAccess::read_from_prefix(&answer)
+            .is_ok_and(|(echoed, _)| echoed.address == iova && echoed.count as u32 == access.count as u32);
+        self.give_back(answer);
+        if !echoed {
             return Err(DmaError::Refused {
                 iova,
                 len: access.count,
@@ -316,7 +362,33 @@ impl Requests {
     }
 }
 
+/// The data of an answer to DMA_READ.
+fn take_data(layout: Layout, access: &DmaAccess, answer: &[u8], to: &mut [u8]) -> Result<(), DmaError> {
+    let bad = DmaError::Refused {
+        iova: access.address,
+        len: access.count,
+        errno: Errno::PROTO,
+    };
+    if answer.len() != DmaAccess::SIZE + to.len() {
+        return Err(bad);
+    }
+    let (head, data) = match layout {
+        Layout::Short => answer.split_at(DmaAccess::SHORT_SIZE),
+        _ => answer.split_at(DmaAccess::SIZE),
+    };
+    if head != &access.as_bytes()[..head.len()] {
+        return Err(bad);
+    }
+    to.copy_from_slice(&data[..to.len()]);
+    Ok(())
+}
+
 impl Ticket {
+    fn still(&self, wanted: bool) -> Result<(), DmaError> {
+        let (iova, len) = (self.iova, self.len);
+        wanted.then_some(()).ok_or(DmaError::Unwanted { iova, len })
+    }
+
     fn ended(&self, closed: bool) -> Result<(), DmaError> {
         let why = if self.aborted {
             "the memory was unmapped, or the function reset"
@@ -368,14 +440,14 @@ impl Messenger for Requests {
         Err(DmaError::Aborted { iova, len, why })
     }
 
-    fn read(&self, ticket: u16, iova: u64, to: &mut [u8]) -> Result<(), DmaError> {
-        let result = self.read_now(ticket, iova, to);
+    fn read(&self, ticket: u16, iova: u64, to: &mut [u8], interest: &dyn Interest) -> Result<(), DmaError> {
+        let result = self.read_now(ticket, iova, to, interest);
         self.finish(ticket);
         result
     }
 
-    fn write(&self, ticket: u16, iova: u64, from: &[u8]) -> Result<(), DmaError> {
-        let result = self.write_now(ticket, iova, from);
+    fn write(&self, ticket: u16, iova: u64, from: &[u8], interest: &dyn Interest) -> Result<(), DmaError> {
+        let result = self.write_now(ticket, iova, from, interest);
         self.finish(ticket);
         result
     }
@@ -386,6 +458,13 @@ impl Messenger for Requests {
             // Inside one mapping, and mappings do not wrap.
             ticket.aborted |= ticket.iova < iova.end && iova.start < ticket.iova + ticket.len;
         }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    fn recheck(&self) {
+        // Under the lock: whoever looked before waits by now.
+        let state = self.lock();
         drop(state);
         self.changed.notify_all();
     }

@@ -205,6 +205,7 @@ impl VfioUserClient {
         &self.server
     }
 
+    #[inline(always)]
     fn with<T>(&self, call: impl FnOnce(&mut Transport) -> Result<T, CallError>) -> io::Result<T> {
         let mut transport = self.transport.lock().unwrap_or_else(PoisonError::into_inner);
         call(&mut transport).map_err(|error| {
@@ -216,6 +217,7 @@ impl VfioUserClient {
         })
     }
 
+    #[inline(always)]
     fn region_read(&self, region: RegionIndex, offset: u64, data: &mut [u8]) -> io::Result<()> {
         let mut at = offset;
         for chunk in data.chunks_mut(self.max_data) {
@@ -232,7 +234,8 @@ impl VfioUserClient {
                     data: chunk,
                     fds: None,
                 };
-                let got = transport.call(Command::REGION_READ, access.as_bytes(), &[], &[], &mut reply)?;
+                let got =
+                    transport.call_inline(Command::REGION_READ, access.as_bytes(), &[], &[], &mut reply)?;
                 let echoed: RegionAccess = fixed(&head)?;
                 if got != head.len() + len || echoed.count as usize != len {
                     return Err(CallError::protocol(format!(
@@ -247,6 +250,7 @@ impl VfioUserClient {
         Ok(())
     }
 
+    #[inline(always)]
     fn region_write(&self, region: RegionIndex, offset: u64, data: &[u8], posted: bool) -> io::Result<()> {
         let mut at = offset;
         for chunk in data.chunks(self.max_data) {
@@ -265,7 +269,13 @@ impl VfioUserClient {
                     data: &mut [],
                     fds: None,
                 };
-                let got = transport.call(Command::REGION_WRITE, access.as_bytes(), chunk, &[], &mut reply)?;
+                let got = transport.call_inline(
+                    Command::REGION_WRITE,
+                    access.as_bytes(),
+                    chunk,
+                    &[],
+                    &mut reply,
+                )?;
                 if got != head.len() || fixed::<RegionAccess>(&head)?.count != access.count {
                     return Err(CallError::protocol(format!(
                         "{} bytes sent, not all were taken",

@@ -219,7 +219,7 @@ impl<'a> Bench<'a> {
         Ok(())
     }
 
-    /// The three cases of one server.
+    /// The cases of one server.
     fn messages(
         &self,
         subject: &'static str,
@@ -230,6 +230,8 @@ impl<'a> Bench<'a> {
         result.push(self.round_trips(Case::Read, subject, server, &wire::read(place), false)?);
         let write = wire::write(place, false);
         result.push(self.round_trips(Case::Write, subject, server, &write, false)?);
+        result.push(self.round_trips(Case::ReadBytesOnly, subject, server, &wire::read(place), false)?);
+        result.push(self.round_trips(Case::WriteBytesOnly, subject, server, &write, false)?);
         result.push(self.posted(subject, server, place)?);
         Ok(())
     }
@@ -243,7 +245,8 @@ impl<'a> Bench<'a> {
         polling: bool,
     ) -> Result<Row> {
         // Polling ends are held against the cheaper one.
-        let receive = if polling || subject == ECHO {
+        let bytes_only = matches!(case, Case::ReadBytesOnly | Case::WriteBytesOnly);
+        let receive = if polling || bytes_only || subject == ECHO {
             Receive::Bytes
         } else {
             Receive::WithDescriptors

@@ -72,8 +72,6 @@ enum Test {
     Unload,
     /// Translations that arrive after the invalidation of their page.
     StaleDropin,
-    /// Stores that are under way when their page is taken away.
-    LateStore,
     /// Times of invalidations, for `tlbridge bench invalidate --guest`.
     Invalidate,
     /// A process without a device, for `invalidate`.
@@ -85,6 +83,8 @@ enum Test {
         #[arg(long, default_value = "/lab/modules")]
         modules: PathBuf,
     },
+    /// Stores that are under way when their page is taken away.
+    LateStore,
     /// Prints the driver's counters.
     Statistics,
     /// Takes the device away from open contexts. Needs root; nothing works afterwards until gru.ko is loaded anew.
@@ -134,9 +134,9 @@ fn run(cli: &Cli) -> Outcome {
         Test::StealPart => steal::part(&gru, rounds(3)),
         Test::Unload => unload::run(&gru, rounds(100), seed),
         Test::StaleDropin => stale::run(&gru, rounds(150)),
-        Test::LateStore => late::run(&gru, rounds(20)),
         Test::Invalidate => invalidate::run(&gru, rounds(100)),
         Test::Reload { .. } | Test::InvalidateFloor => unreachable!("run above"),
+        Test::LateStore => late::run(&gru, rounds(20)),
         Test::Statistics => statistics::print(),
         Test::Unplug => unplug::run(&gru),
         Test::Found { fault } => found::run(&gru, *fault, rounds(1000)),

@@ -274,6 +274,7 @@ impl World {
                 assert_eq!(target.ptr().addr().get(), host, "the entry points elsewhere");
             }
             Err(Miss::ReadOnly) => assert!(!expected.expect("an entry equals the table").writable),
+            Err(Miss::ByMessage) => panic!("all memory here has a file"),
             Err(Miss::NoEntry) => {
                 let dump = self.atc.dump(usize::MAX);
                 assert!(

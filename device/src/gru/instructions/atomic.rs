@@ -93,7 +93,7 @@ impl Operation {
 
     fn fetch(&self, env: &mut Env<'_>) -> Result<u64, Stop> {
         let bytes = self.word_bytes()?;
-        let place = env.access(self.baddr0, bytes, Access::Read)?;
+        let place = env.atomic(self.baddr0, bytes, Access::Read)?;
         let mut word = [0; 8];
         // Naturally aligned: one access.
         place.read_into(&mut word[..bytes as usize]);
@@ -103,7 +103,7 @@ impl Operation {
 
     fn atomic(&mut self, env: &mut Env<'_>, change: Change) -> Result<Step, Stop> {
         let bytes = self.word_bytes()?;
-        let place = env.access(self.baddr0, bytes, Access::Write)?;
+        let place = env.atomic(self.baddr0, bytes, Access::Write)?;
         let old = if bytes == 8 {
             change64(&place, change)
         } else {

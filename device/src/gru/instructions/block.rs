@@ -35,9 +35,9 @@ impl Operation {
         let element = self.element_bytes()?;
         let step = self.idef6.wrapping_mul(element);
         for _ in 0..self.left.min(STEP_ELEMENTS) {
-            let covered = env.access(self.baddr0, element, Access::Read)?.len() as u64;
+            let covered = env.covered(self.baddr0, element, Access::Read)?;
             if covered < element {
-                env.access(self.baddr0.wrapping_add(covered), element - covered, Access::Read)?;
+                env.covered(self.baddr0.wrapping_add(covered), element - covered, Access::Read)?;
             }
             self.baddr0 = self.baddr0.wrapping_add(step);
             self.left -= 1;

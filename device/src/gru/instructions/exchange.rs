@@ -65,7 +65,7 @@ impl Operation {
             }
         }
         let (taken, memory) = (env.exchanging, env.memory);
-        let place = env.access(self.baddr0, size, Access::Write)?;
+        let place = env.atomic(self.baddr0, size, Access::Write)?;
         let Some(turn) = Turn::take(taken) else {
             return Ok(Step::More);
         };

@@ -51,7 +51,7 @@ impl Operation {
             let mut bytes = [0; LINE as usize];
             env.memory
                 .load_bytes(env.ds + u64::from(self.tri0) + line, &mut bytes);
-            let place = env.access(first.wrapping_add(line), LINE, Access::Write)?;
+            let place = env.atomic(first.wrapping_add(line), LINE, Access::Write)?;
             place.write_at(8, &bytes[8..]);
             // The word with the present byte makes the rest of the line visible.
             let header = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes"));
@@ -71,7 +71,7 @@ impl Operation {
     /// Takes the lines out of the queue: the head word as it was, or `None` while others change it all the time.
     fn reserve_message(&self, env: &mut Env<'_>) -> Result<Option<Head>, Stop> {
         for _ in 0..ATTEMPTS {
-            let word = env.access(self.baddr0 + HEAD, 8, Access::Write)?;
+            let word = env.atomic(self.baddr0 + HEAD, 8, Access::Write)?;
             let old = Head::from_bits(word.word64(0).load(Ordering::Acquire));
             word.check()?;
             drop(word);
@@ -80,7 +80,7 @@ impl Operation {
                 .ok_or(refused(SubStatus::QLIMIT_REACHED, Some(old)))?;
             // The target's translation first: nothing is reserved that cannot be stored.
             let bytes = self.nelem * LINE;
-            let target = env.access(self.message_at(old), bytes, Access::Write)?;
+            let target = env.atomic(self.message_at(old), bytes, Access::Write)?;
             if target.page_left() < bytes {
                 return Err(refused(SubStatus::PAGE_OVERFLOW, Some(old)));
             }
@@ -93,7 +93,7 @@ impl Operation {
                     return Err(refused(substatus, None));
                 }
             }
-            let word = env.access(self.baddr0 + HEAD, 8, Access::Write)?;
+            let word = env.atomic(self.baddr0 + HEAD, 8, Access::Write)?;
             let changed = word.word64(0).compare_exchange(
                 old.into_bits(),
                 next.into_bits(),
@@ -113,7 +113,7 @@ impl Operation {
         if self.word_bytes()? != 8 {
             return Err(Stop::INVALID);
         }
-        let place = env.access(self.baddr0, 8, Access::Write)?;
+        let place = env.atomic(self.baddr0, 8, Access::Write)?;
         let reserve = |word| Head::from_bits(word).reserve(lines).map(Head::into_bits);
         let changed = place
             .word64(0)

@@ -16,9 +16,11 @@ mod block;
 mod copy;
 mod exchange;
 mod message;
+mod message_place;
 mod place;
 mod vector;
 
+use std::cell::RefCell;
 use std::sync::atomic::AtomicBool;
 
 use protos::gru::cb::{self, Opc, SubStatus, XType};
@@ -29,9 +31,12 @@ use super::chiplet::Context;
 use super::memory::BarMemory;
 use super::tfh::Fault;
 use super::{BstoreSource, IndexUnit, Regions};
-use crate::atc::{self, Access, Miss, SpaceId};
-use crate::dma;
+use crate::atc::{self, Access, Miss, SpaceId, Translation};
+use crate::dma::{self, DmaError, Resolved};
 use crate::faults::Injector;
+pub(super) use message_place::Waiting;
+
+use message_place::Message;
 use place::Place;
 
 /// Most bytes that one step moves: what a TGH may have to wait for.
@@ -62,6 +67,10 @@ pub(super) enum Stop {
     Fault(Fault),
     /// `ecause` bits.
     Exception(u32),
+    /// The client has to be asked, which engines do not wait for: a courier goes on from here.
+    ByMessage,
+    /// What was waited for is not wanted any more: the last step is done again.
+    Again,
     /// A message queue's answer; not an error of the instruction.
     Message {
         substatus: SubStatus,
@@ -77,6 +86,8 @@ impl Stop {
     /// The client truncated the file of the memory that was accessed: what a machine check is to hardware.
     const LOST: Self = Self::Exception(ecause::PE_CHECK_DATA_ERROR);
     const SEGMENT: Self = Self::Exception(ecause::DATA_SEGMENT_LIMIT_EXCEEDED);
+    /// An atomic on memory that can only be asked for: no message is atomic.
+    const NOT_ATOMIC: Self = Self::Exception(ecause::HA_RESPONSE_FATAL);
 }
 
 /// An instruction and its progress.
@@ -195,7 +206,7 @@ impl Operation {
                 return Err(Stop::CLASS);
             }
             if class != tfh::GAA_RAM {
-                env.access(va, 1, Access::Read)?;
+                env.covered(va, 1, Access::Read)?;
                 return Err(Stop::CLASS);
             }
         }
@@ -243,48 +254,93 @@ pub(super) struct Env<'a> {
     /// One GAMXR at a time.
     pub(super) exchanging: &'a AtomicBool,
     pub(super) injector: &'a Injector,
+    pub(super) waiting: Waiting<'a>,
+    /// A courier has room for one request here; engines have none, as they do not wait.
+    pub(super) room: &'a mut [u8],
+    /// The client was asked.
+    pub(super) asked: &'a mut u64,
+}
+
+/// What an access is for, which matters where the client has to be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// Bytes go one way.
+    Copy,
+    /// A read-modify-write, or a word that others look at meanwhile.
+    Atomic,
 }
 
 impl Env<'_> {
-    /// Translates; the guard covers `len` bytes or fewer.
+    /// Translates for a copy; the guard covers `len` bytes or fewer.
     fn access(&mut self, va: u64, len: u64, access: Access) -> Result<Place<'_>, Stop> {
-        if self.unmapped {
-            return self.physical(va, len, access);
-        }
-        let space = SpaceId(u64::from(self.context.asid_of(va, self.regions)));
-        match self.engine.access(space, va, len, access) {
-            Ok(guard) => {
-                *self.tag = guard.tag().min(*self.tag);
-                Ok(Place::Translated(guard))
-            }
-            Err(miss) => {
-                let cause = match (miss, access) {
-                    (Miss::NoEntry, Access::Read) => tfh::Cause::TLB_MISS,
-                    (Miss::NoEntry, Access::Write) => self.store_miss,
-                    (Miss::ReadOnly, _) => tfh::Cause::TLB_MOD,
-                };
-                Err(Stop::Fault(Fault { va, cause }))
-            }
-        }
+        self.place(va, len, access, Purpose::Copy)
     }
 
-    /// Unmapped mode: `len` bytes or fewer at an IOVA.
-    fn physical(&self, address: u64, len: u64, access: Access) -> Result<Place<'_>, Stop> {
-        if address >> PHYSICAL_BITS != u64::from(tfh::GAA_RAM) {
-            return Err(Stop::NOWHERE);
+    /// Translates for an atomic.
+    fn atomic(&mut self, va: u64, len: u64, access: Access) -> Result<Place<'_>, Stop> {
+        self.place(va, len, access, Purpose::Atomic)
+    }
+
+    /// Translates, and touches nothing: how many of the bytes there is one translation for.
+    fn covered(&mut self, va: u64, len: u64, access: Access) -> Result<u64, Stop> {
+        if self.unmapped {
+            return physical(self.dma, va, len, access).map(|(_, covered)| covered);
         }
-        let need = dma::Prot {
-            read: true,
-            write: access == Access::Write,
+        let space = self.space_of(va);
+        let (covered, tag) = match self.engine.translate(space, va, len, access) {
+            Ok(Translation::Guard(guard)) => (guard.len() as u64, guard.tag()),
+            Ok(Translation::Asking(asking)) => (asking.len() as u64, asking.tag()),
+            Err(miss) => return Err(fault(miss, va, access, self.store_miss)),
         };
-        let chunk = len.min(atc::CHUNK - address % atc::CHUNK);
-        let page = len.min(PAGE - address % PAGE);
-        // The next page may be in another mapping, or nowhere.
-        self.dma
-            .resolve_for(address, chunk, need)
-            .or_else(|_| self.dma.resolve_for(address, page, need))
-            .map(Place::Physical)
-            .map_err(|_| Stop::NOWHERE)
+        *self.tag = tag.min(*self.tag);
+        Ok(covered)
+    }
+
+    fn space_of(&self, va: u64) -> SpaceId {
+        SpaceId(u64::from(self.context.asid_of(va, self.regions)))
+    }
+
+    fn place(&mut self, va: u64, len: u64, access: Access, purpose: Purpose) -> Result<Place<'_>, Stop> {
+        let (asking, iova, len) = if self.unmapped {
+            match physical(self.dma, va, len, access)? {
+                (Some(resolved), _) => return Ok(Place::Physical(resolved)),
+                (None, covered) => (None, va, covered),
+            }
+        } else {
+            let space = self.space_of(va);
+            match self.engine.translate(space, va, len, access) {
+                Ok(Translation::Guard(guard)) => {
+                    *self.tag = guard.tag().min(*self.tag);
+                    return Ok(Place::Translated(guard));
+                }
+                Ok(Translation::Asking(asking)) => {
+                    *self.tag = asking.tag().min(*self.tag);
+                    let (iova, len) = (asking.iova(), asking.len() as u64);
+                    (Some(asking), iova, len)
+                }
+                Err(miss) => return Err(fault(miss, va, access, self.store_miss)),
+            }
+        };
+        if purpose == Purpose::Atomic {
+            return Err(Stop::NOT_ATOMIC);
+        }
+        if self.room.is_empty() {
+            return Err(Stop::ByMessage);
+        }
+        *self.asked += 1;
+        let len = self.room.len().min(len as usize);
+        let message = Message {
+            asking,
+            dma: self.dma,
+            waiting: self.waiting,
+            iova,
+            data: RefCell::new(&mut self.room[..len]),
+        };
+        let write = access == Access::Write;
+        if !write {
+            message.fetch()?;
+        }
+        Ok(Place::Message { message, write })
     }
 
     /// Moves bytes between `va` and the bounce buffer, where they stand at `at`: at most `len` bytes, whole
@@ -357,6 +413,43 @@ impl Env<'_> {
             place.write_from(piece);
         })
     }
+}
+
+fn fault(miss: Miss, va: u64, access: Access, store_miss: tfh::Cause) -> Stop {
+    let cause = match (miss, access) {
+        (Miss::NoEntry, Access::Read) => tfh::Cause::TLB_MISS,
+        (Miss::NoEntry, Access::Write) => store_miss,
+        (Miss::ReadOnly, _) => tfh::Cause::TLB_MOD,
+        (Miss::ByMessage, _) => unreachable!("a translation says that in another way"),
+    };
+    Stop::Fault(Fault { va, cause })
+}
+
+/// Unmapped mode: memory at an IOVA, if there is a file, and how many of `len` bytes are in one piece.
+fn physical(
+    dma: &dma::Space,
+    address: u64,
+    len: u64,
+    access: Access,
+) -> Result<(Option<Resolved<'_>>, u64), Stop> {
+    if address >> PHYSICAL_BITS != u64::from(tfh::GAA_RAM) {
+        return Err(Stop::NOWHERE);
+    }
+    let need = dma::Prot {
+        read: true,
+        write: access == Access::Write,
+    };
+    let chunk = len.min(atc::CHUNK - address % atc::CHUNK);
+    let page = len.min(PAGE - address % PAGE);
+    // The next page may be in another mapping, or nowhere.
+    for covered in [chunk, page] {
+        match dma.resolve_for(address, covered, need) {
+            Ok(resolved) => return Ok((Some(resolved), covered)),
+            Err(DmaError::ByMessage { .. }) => return Ok((None, covered)),
+            Err(_) => {}
+        }
+    }
+    Err(Stop::NOWHERE)
 }
 
 /// Bytes of one context's largest data segment; a bounce buffer holds at least that.

@@ -5,6 +5,7 @@
 //! [`Rig`] stores and loads words the way a client does (by trap, or directly in the mapped memory) and
 //! serves misses from a page table that the test sets up.
 
+mod by_message;
 mod completions;
 mod contexts;
 mod doorbells;

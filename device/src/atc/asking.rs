@@ -1,0 +1,120 @@
+//! What an engine holds while it asks the client: see [`super::asked`].
+
+use super::engine::{Engine, Guard};
+use super::types::{Access, Miss, SpaceId};
+
+/// What an access has found.
+#[derive(Debug)]
+pub enum Translation<'e> {
+    /// Memory, here.
+    Guard(Guard<'e>),
+    /// Memory that has to be asked for.
+    Asking(Asking<'e>),
+}
+
+impl Engine {
+    /// As [`Engine::access`], for callers that can ask the client where there is no file.
+    ///
+    /// # Errors
+    /// [`Miss`], but not [`Miss::ByMessage`].
+    #[inline]
+    pub fn translate(
+        &mut self,
+        space: SpaceId,
+        va: u64,
+        len: u64,
+        access: Access,
+    ) -> Result<Translation<'_>, Miss> {
+        let write = access == Access::Write;
+        loop {
+            let after = self.atc.core.events();
+            let (found, shift) = self.atc.core.access(self.slot, space.0, va, write)?;
+            if found.host != 0 {
+                return Ok(Translation::Guard(self.guard(
+                    space,
+                    (va, len),
+                    access,
+                    (found, shift),
+                    after,
+                )));
+            }
+            self.atc.core.leave(self.slot);
+            let asked = self.atc.core.ask(self.slot, space.0, va, len, write)?;
+            // Else it has become memory of the other kind meanwhile.
+            if let Some((found, len)) = asked {
+                return Ok(Translation::Asking(Asking {
+                    engine: self,
+                    iova: found.iova,
+                    len,
+                    page_left: found.page_left,
+                    tag: found.tag,
+                }));
+            }
+        }
+    }
+}
+
+/// A translation in use for a request to the client. Holds up no purge, except between [`Asking::commit`] and its
+/// end.
+#[derive(Debug)]
+pub struct Asking<'e> {
+    engine: &'e mut Engine,
+    iova: u64,
+    len: u64,
+    page_left: u64,
+    tag: u64,
+}
+
+impl Asking<'_> {
+    /// Where the client has it.
+    #[must_use]
+    pub fn iova(&self) -> u64 {
+        self.iova
+    }
+
+    /// Bytes that it covers; may be fewer than asked for.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len as usize
+    }
+
+    /// Never.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Bytes to the end of the entry's page.
+    #[must_use]
+    pub fn page_left(&self) -> u64 {
+        self.page_left
+    }
+
+    /// Generation that software gave to the translation.
+    #[must_use]
+    pub fn tag(&self) -> u64 {
+        self.tag
+    }
+
+    /// The translation was taken away: what was read is not to be used.
+    #[must_use]
+    pub fn is_purged(&self) -> bool {
+        self.engine.atc.core.asked(self.engine.slot, |asked| asked.purged)
+    }
+
+    /// A request to write is about to be sent; a purge waits for `self` from now on. False: it has been purged.
+    #[must_use]
+    pub fn commit(&self) -> bool {
+        self.engine.atc.core.asked(self.engine.slot, |asked| {
+            asked.committed |= !asked.purged;
+            asked.committed && !asked.purged
+        })
+    }
+}
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        let slot = self.engine.slot;
+        self.engine.atc.core.with_state(|state| state.asked[slot] = None);
+    }
+}
