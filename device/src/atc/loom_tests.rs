@@ -61,6 +61,7 @@ fn core(engines: usize, ways: usize, checks: Checks) -> Arc<Core> {
         ways,
         tickets: 1,
         engines,
+        sanitize: None,
         checks,
         drain_warning: std::time::Duration::MAX,
     }));
