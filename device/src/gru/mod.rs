@@ -458,7 +458,7 @@ impl Model for Gru {
             {
                 // The doorbell page rings; everything else in the BAR is read-only for software.
                 if offset < pci::DOORBELL_OFFSET + 0x1000 {
-                    self.hardware.ring();
+                    self.hardware.ring_by_message();
                 }
                 Ok(())
             }

@@ -8,6 +8,7 @@ mod driver;
 mod faults;
 mod found;
 mod instructions;
+mod invalidate;
 mod issue;
 mod ktest;
 mod memory;
@@ -70,6 +71,11 @@ enum Test {
     Unload,
     /// Translations that arrive after the invalidation of their page.
     StaleDropin,
+    /// Times of invalidations, for `tlbridge bench invalidate --guest`.
+    Invalidate,
+    /// A process without a device, for `invalidate`.
+    #[command(hide = true)]
+    InvalidateFloor,
     /// The driver is unloaded and loaded again under programs that use it. Needs root.
     Reload {
         /// Where tlbridge_uv.ko and gru.ko are.
@@ -108,6 +114,9 @@ fn run(cli: &Cli) -> Outcome {
         // Not while this program has the device.
         return reload::run(modules, rounds(10));
     }
+    if let Test::InvalidateFloor = &cli.test {
+        return invalidate::floor().map(|()| "ended with its input".into());
+    }
     statistics::switch_on()?;
     let gru = Gru::open()?;
     match &cli.test {
@@ -122,7 +131,8 @@ fn run(cli: &Cli) -> Outcome {
         Test::StealPart => steal::part(&gru, rounds(3)),
         Test::Unload => unload::run(&gru, rounds(100), seed),
         Test::StaleDropin => stale::run(&gru, rounds(150)),
-        Test::Reload { .. } => unreachable!("run above"),
+        Test::Invalidate => invalidate::run(&gru, rounds(100)),
+        Test::Reload { .. } | Test::InvalidateFloor => unreachable!("run above"),
         Test::Statistics => statistics::print(),
         Test::Unplug => unplug::run(&gru),
         Test::Found { fault } => found::run(&gru, *fault, rounds(1000)),
