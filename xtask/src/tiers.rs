@@ -200,7 +200,7 @@ pub fn test(only: &[String], keep_going: bool) -> anyhow::Result<bool> {
             .any(|o| ["lab", "sandbox", "guest"].contains(&o.as_str()))
     {
         println!("== lab: QEMU, kernel and modules for guests");
-        let missing = lab::provide()?;
+        let missing = lab::provide(true)?;
         println!("-- lab: {}", if missing.is_empty() { "ok" } else { "incomplete" });
         totals.skips.extend(missing);
     }
@@ -347,7 +347,7 @@ pub fn soak(minutes: u64, fuzz_minutes: u64, guest_rounds: u64) -> anyhow::Resul
         }
     }
     if guest_rounds > 0 {
-        totals.skips.extend(lab::provide()?);
+        totals.skips.extend(lab::provide(true)?);
         let mut command = integration(&root, Tier::Guest);
         command.env("TLBRIDGE_GUEST_ROUNDS", guest_rounds.to_string());
         let log = logs.join("soak-guest.log");
