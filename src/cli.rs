@@ -291,7 +291,10 @@ Examples:
 pub struct VmArgs {
     /// Which device to start and attach.
     #[arg(long, value_enum, required_unless_present = "device")]
-    pub model: Option<ModelName>,
+    pub model: Option<VmModel>,
+    /// What the guest has beside busybox (default: what the model's programs take).
+    #[arg(long, value_enum)]
+    pub guest: Option<GuestKind>,
     /// Attach a device that is served already: its vfio-user socket (repeatable).
     #[arg(long, value_name = "SOCKET")]
     pub device: Vec<PathBuf>,
@@ -360,6 +363,45 @@ pub struct VmArgs {
     /// What to run.
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<String>,
+}
+
+/// Devices of a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum VmModel {
+    /// No device: a guest for comparison.
+    None,
+    /// SGI's Global Reference Unit.
+    Gru,
+}
+
+impl VmModel {
+    /// The model of `tlbridge device`.
+    #[must_use]
+    pub fn device(self) -> Option<ModelName> {
+        match self {
+            Self::None => None,
+            Self::Gru => Some(ModelName::Gru),
+        }
+    }
+
+    /// The guest that it is of use in.
+    #[must_use]
+    pub fn guest(self) -> GuestKind {
+        match self {
+            Self::None | Self::Gru => GuestKind::Small,
+        }
+    }
+}
+
+/// What a guest has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum GuestKind {
+    /// Only busybox.
+    Small,
+    /// The kernel's InfiniBand modules, and the programs of rdma-core and perftest.
+    Rdma,
+    /// A root image of Debian with those, Python, rdma-core's own tests, fio and strace.
+    Debian,
 }
 
 /// `512M` or `2G`, in MiB.

@@ -14,7 +14,7 @@ use lab::initramfs::Initramfs;
 use lab::kernel::{Kernel, Series};
 use serde_json::json;
 
-use crate::cli::{ModelName, VmArgs};
+use crate::cli::{GuestKind, VmArgs, VmModel};
 use crate::demo::{ANSWER_LIMIT, args, name};
 use crate::inspect::print_text;
 use crate::stop::Stop;
@@ -83,6 +83,9 @@ fn run_until(args: &VmArgs, stop: &Stop) -> Result<u8> {
     spec.append = args.append.clone();
     spec.qemu_arguments = args.qemu_arg.clone();
     spec.panic_on_oops = !args.survive_oops;
+    if kind(args) == GuestKind::Debian {
+        spec.disks.push(lab.provide_image()?);
+    }
     if let Some(port) = args.gdb {
         debuggable(&mut spec, port, args.gdb_wait);
     }
@@ -92,7 +95,7 @@ fn run_until(args: &VmArgs, stop: &Stop) -> Result<u8> {
         .prefix("tlbridge-")
         .tempdir()
         .context("cannot make a private directory for the socket (TMPDIR)")?;
-    let mut device = match args.model {
+    let mut device = match args.model.and_then(VmModel::device) {
         None => None,
         Some(model) => {
             let socket = directory.path().join("device.sock");
@@ -193,7 +196,18 @@ fn pack(args: &VmArgs, lab: &Lab, kernel: &Kernel) -> Result<(Initramfs, Option<
     for module in kernel.with_dependencies(&wanted)? {
         files.add_module(lab, &module)?;
     }
-    if args.model == Some(ModelName::Gru) {
+    match kind(args) {
+        GuestKind::Small => {}
+        GuestKind::Rdma => {
+            lab.provide_rdma()?;
+            files.add_rdma(lab, kernel)?;
+        }
+        GuestKind::Debian => {
+            files.enter_image(lab, kernel)?;
+            files.add_rdma_modules(lab, kernel)?;
+        }
+    }
+    if args.model == Some(VmModel::Gru) {
         if args.kernel.is_none() {
             for module in lab.provide_gru_modules(Series::Stable)? {
                 files.add_module(lab, &module)?;
@@ -227,6 +241,12 @@ fn pack(args: &VmArgs, lab: &Lab, kernel: &Kernel) -> Result<(Initramfs, Option<
     }
     let command: Vec<String> = words.iter().map(|w| quoted(w)).collect();
     Ok((files, (!command.is_empty()).then(|| command.join(" "))))
+}
+
+/// What the guest has beside busybox.
+fn kind(args: &VmArgs) -> GuestKind {
+    let of_the_model = args.model.map_or(GuestKind::Small, VmModel::guest);
+    args.guest.unwrap_or(of_the_model)
 }
 
 fn device_args(args: &VmArgs) -> Vec<OsString> {
