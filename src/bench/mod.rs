@@ -5,6 +5,8 @@ pub mod doorbell;
 pub mod mmio;
 mod monitor;
 mod placement;
+#[cfg(feature = "verbs")]
+pub mod register;
 mod report;
 mod statistics;
 pub mod subject;

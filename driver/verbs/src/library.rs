@@ -80,7 +80,9 @@ impl Library {
             .map(|functions| Self(Rc::new(functions)))
             .map_err(|error| Error::Library {
                 name: name.display().to_string(),
-                reason: error.to_string(),
+                // What the loader said is behind it.
+                reason: std::error::Error::source(&error)
+                    .map_or_else(|| error.to_string(), ToString::to_string),
             })
     }
 
