@@ -304,6 +304,13 @@ pub struct VmArgs {
     /// An argument for `tlbridge device` (repeatable), as in --device-arg=--engines=4.
     #[arg(long, value_name = "ARG", requires = "model", allow_hyphen_values = true)]
     pub device_arg: Vec<std::ffi::OsString>,
+    /// Guests that run at once, each with a device of its own. COMMAND runs in all of them, with GUEST_INDEX (from 0)
+    /// and GUESTS in its environment; its lines have the index before them. --device is dealt out in order.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub guests: u32,
+    /// Which of Debian's kernels.
+    #[arg(long, value_enum, default_value_t = KernelSeries::Stable, conflicts_with = "kernel")]
+    pub kernel_series: KernelSeries,
     /// Boot this kernel instead.
     #[arg(long, value_name = "BZIMAGE")]
     pub kernel: Option<PathBuf>,
@@ -391,6 +398,15 @@ impl VmModel {
             Self::None | Self::Gru => GuestKind::Small,
         }
     }
+}
+
+/// Stock kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KernelSeries {
+    /// Debian 13's own (6.12).
+    Stable,
+    /// The newest of its backports (7.3 or later).
+    Backports,
 }
 
 /// What a guest has.

@@ -68,7 +68,10 @@ impl Lab {
             true => mkfs,
             false => {
                 let mut command = Command::new("unshare");
-                command.arg("--map-root-user").arg(mkfs.get_program()).args(mkfs.get_args());
+                command
+                    .arg("--map-root-user")
+                    .arg(mkfs.get_program())
+                    .args(mkfs.get_args());
                 command
             }
         };
@@ -77,7 +80,12 @@ impl Lab {
             .env("MKE2FS_CONFIG", tools.root().join("etc/mke2fs.conf"))
             .args(["-q", "-F", "-t", "ext4", "-m", "0", "-L", "lab"])
             // Nothing is kept that a guest would have to repair; tables are written now, not by each guest.
-            .args(["-O", "^has_journal", "-E", "root_owner=0:0,lazy_itable_init=0,hash_seed=6c616200-0000-4000-8000-000000000000"])
+            .args([
+                "-O",
+                "^has_journal",
+                "-E",
+                "root_owner=0:0,lazy_itable_init=0,hash_seed=6c616200-0000-4000-8000-000000000000",
+            ])
             .arg("-d")
             .arg(tree.root())
             .arg(&new)
@@ -98,11 +106,45 @@ fn recipe() -> Recipe {
         "Debian 13 with Python, rdma-core, fio (110 MB)",
         RELEASE,
         &[
-            "base-files", "base-passwd", "bash", "busybox-static", "coreutils", "dash", "diffutils", "e2fsprogs", "ethtool",
-            "fio", "findutils", "gawk", "gdb-minimal", "grep", "gzip", "hostname", "ibverbs-providers", "ibverbs-utils",
-            "infiniband-diags", "iperf3", "iproute2", "iputils-ping", "kmod", "libc-bin", "mount", "ncurses-base",
-            "nfs-common", "nvme-cli", "pciutils", "perftest", "procps", "python3", "python3-pyverbs", "rdma-core",
-            "rdmacm-utils", "sed", "strace", "tar", "util-linux",
+            "base-files",
+            "base-passwd",
+            "bash",
+            "busybox-static",
+            "coreutils",
+            "dash",
+            "diffutils",
+            "e2fsprogs",
+            "ethtool",
+            "fio",
+            "findutils",
+            "gawk",
+            "gdb-minimal",
+            "grep",
+            "gzip",
+            "hostname",
+            "ibverbs-providers",
+            "ibverbs-utils",
+            "infiniband-diags",
+            "iperf3",
+            "iproute2",
+            "iputils-ping",
+            "kmod",
+            "libc-bin",
+            "mount",
+            "ncurses-base",
+            "nfs-common",
+            "nvme-cli",
+            "pciutils",
+            "perftest",
+            "procps",
+            "python3",
+            "python3-pyverbs",
+            "rdma-core",
+            "rdmacm-utils",
+            "sed",
+            "strace",
+            "tar",
+            "util-linux",
         ],
     );
     recipe.added = fnv(RUNNER);
@@ -120,9 +162,15 @@ fn finish(tree: &Tree) -> Result<()> {
     }
     for (path, text) in [
         ("etc/hosts", "127.0.0.1 localhost lab\n::1 localhost\n"),
-        ("etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\nservices: files\nprotocols: files\n"),
+        (
+            "etc/nsswitch.conf",
+            "passwd: files\ngroup: files\nhosts: files\nservices: files\nprotocols: files\n",
+        ),
         ("etc/hostname", "lab\n"),
-        ("etc/nvme/hostnqn", "nqn.2014-08.org.nvmexpress:uuid:6c616200-0000-4000-8000-000000000001\n"),
+        (
+            "etc/nvme/hostnqn",
+            "nqn.2014-08.org.nvmexpress:uuid:6c616200-0000-4000-8000-000000000001\n",
+        ),
         ("etc/nvme/hostid", "6c616200-0000-4000-8000-000000000001\n"),
     ] {
         let path = at(path);
@@ -133,17 +181,24 @@ fn finish(tree: &Tree) -> Result<()> {
     if link.symlink_metadata().is_err() {
         std::os::unix::fs::symlink("gawk", &link).context("a link to gawk")?;
     }
+    // The modules that come with a guest's kernel have the lists that busybox' reads, not those of kmod.
+    let link = at("usr/sbin/modprobe");
+    let _ = std::fs::remove_file(&link);
+    std::os::unix::fs::symlink("../bin/busybox", &link).context("a link to busybox")?;
     unpack_tests(&at("usr/share/doc/rdma-core/tests"), &at(TESTS))?;
     std::fs::write(at("usr/bin/pyverbs_suite.py"), RUNNER).context("the runner of rdma-core's tests")?;
     use std::os::unix::fs::PermissionsExt;
-    std::fs::set_permissions(at("usr/bin/pyverbs_suite.py"), std::fs::Permissions::from_mode(0o755))
-        .context("the runner of rdma-core's tests")?;
+    std::fs::set_permissions(
+        at("usr/bin/pyverbs_suite.py"),
+        std::fs::Permissions::from_mode(0o755),
+    )
+    .context("the runner of rdma-core's tests")?;
     // Sources compiled here are not compiled in each guest.
     let mut python = tree.program("usr/bin/python3.13");
     python
         .env("PYTHONHOME", at("usr"))
         .env("PYTHONDONTWRITEBYTECODE", "")
-        .args(["-m", "compileall", "-q", "-j0", "--invalidation-mode", "unchecked-hash"])
+        .args(["-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash"])
         .arg("-s")
         .arg(tree.root())
         .args(["-p", "/"]);
@@ -160,13 +215,21 @@ fn finish(tree: &Tree) -> Result<()> {
 /// Debian compresses the larger ones of documentation.
 fn unpack_tests(from: &Path, to: &Path) -> Result<()> {
     std::fs::create_dir_all(to).with_context(|| format!("creating {}", to.display()))?;
-    let entries = std::fs::read_dir(from).with_context(|| format!("rdma-core's tests, {}", from.display()))?;
+    let entries =
+        std::fs::read_dir(from).with_context(|| format!("rdma-core's tests, {}", from.display()))?;
     let mut count = 0;
     for entry in entries {
         let path = entry.context("rdma-core's tests")?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         let (name, contents) = match name.strip_suffix(".gz") {
-            None => (name.as_str(), std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?),
+            None => (
+                name.as_str(),
+                std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?,
+            ),
             Some(plain) => {
                 let output = Command::new("gzip")
                     .arg("-dc")

@@ -114,7 +114,9 @@ impl Initramfs {
             return path.to_owned();
         }
         // In the image these are links, which nothing may be copied over.
-        let merged = ["bin/", "sbin/", "lib/", "lib64/"].iter().any(|p| path.starts_with(p));
+        let merged = ["bin/", "sbin/", "lib/", "lib64/"]
+            .iter()
+            .any(|p| path.starts_with(p));
         format!("lab/over/{}{path}", if merged { "usr/" } else { "" })
     }
 
@@ -270,7 +272,8 @@ impl Initramfs {
         }
         // The kernel asks for more by this name.
         self.directories_of("sbin/modprobe");
-        self.entries.insert("sbin/modprobe".into(), Entry::Link("../bin/modprobe".into()));
+        self.entries
+            .insert("sbin/modprobe".into(), Entry::Link("../bin/modprobe".into()));
         // modprobe goes by these: their compressed files are not here.
         for list in [
             "modules.dep",

@@ -91,10 +91,12 @@ impl Lab {
     /// # Errors
     /// It cannot be had here: no apt, no network, no room.
     pub fn provide_kernel(&self, series: Series) -> Result<Kernel> {
-        if let Ok(kernel) = self.find_kernel(series) {
+        // A guest with it takes the tools, too.
+        if let (Ok(kernel), Ok(_)) = (self.find_kernel(series), self.find_tools()) {
             return Ok(kernel);
         }
         let held = self.lock()?;
+        self.provide_tools(&held)?;
         if let Ok(kernel) = self.find_kernel(series) {
             return Ok(kernel);
         }

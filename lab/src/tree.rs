@@ -16,7 +16,7 @@ use crate::steps::Steps;
 pub(crate) const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 pub(crate) const LOADER: &str = "usr/lib64/ld-linux-x86-64.so.2";
 /// Counts changes of how trees are made.
-const REVISION: u32 = 2;
+const REVISION: u32 = 3;
 
 /// What a tree has. Two that differ in anything are different trees.
 #[derive(Debug, Clone, Hash)]

@@ -756,7 +756,10 @@ impl Spec {
             command.args(["-device", &device.to_string()]);
         }
         for (index, disk) in self.disks.iter().enumerate() {
-            let drive = format!("if=none,id=disk{index},format=raw,snapshot=on,file={}", option(disk));
+            let drive = format!(
+                "if=none,id=disk{index},format=raw,snapshot=on,file={}",
+                option(disk)
+            );
             let device = format!("virtio-blk-pci,drive=disk{index}");
             command.args(["-drive", &drive, "-device", &device]);
         }
