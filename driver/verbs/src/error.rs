@@ -34,8 +34,7 @@ pub enum Error {
     Call {
         /// Which, and on what.
         call: String,
-        /// Its errno.
-        #[source]
+        /// Its errno (in the text, and therefore no source of this error).
         error: io::Error,
     },
     /// A work request completed with an error, and the queue pairs are gone.

@@ -90,8 +90,8 @@ impl Limits {
     pub fn explain(&self, error: &anyhow::Error) -> String {
         let no_memory = error
             .chain()
-            .filter_map(|e| e.downcast_ref::<std::io::Error>())
-            .any(|e| e.raw_os_error() == Some(libc::ENOMEM));
+            .filter_map(|e| e.downcast_ref::<verbs::Error>())
+            .any(|e| e.errno() == Some(libc::ENOMEM));
         match self.memlock_limit_bytes {
             Some(limit) if no_memory => format!(
                 "{error:#} (RLIMIT_MEMLOCK is {}: `ulimit -l`, or CAP_IPC_LOCK)",
