@@ -16,8 +16,9 @@ use crate::latency::human;
 /// One line.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Row {
-    /// A mode, or "floor".
-    pub mode: &'static str,
+    /// A mode; `None`: a floor, "floor" in JSON.
+    #[serde(serialize_with = "mode_or_floor")]
+    pub mode: Option<Mode>,
     /// What was timed.
     pub operation: Operation,
     /// Of how much memory.
@@ -25,6 +26,19 @@ pub struct Row {
     /// Its times.
     #[serde(flatten)]
     pub figures: Figures,
+}
+
+impl Row {
+    fn label(&self) -> &'static str {
+        self.mode.map_or("floor", Mode::label)
+    }
+}
+
+fn mode_or_floor<S: serde::Serializer>(mode: &Option<Mode>, serializer: S) -> Result<S::Ok, S::Error> {
+    match mode {
+        Some(mode) => mode.serialize(serializer),
+        None => serializer.serialize_str("floor"),
+    }
 }
 
 /// Something that was not measured.
@@ -148,18 +162,18 @@ impl RegisterResult {
     /// The rows of a mode and a size.
     pub fn add(&mut self, mode: Mode, bytes: u64, samples: &Samples) {
         let before = self.rows.len();
-        self.push(mode.label(), bytes, samples, false);
+        self.push(Some(mode), bytes, samples);
         let count = self.rows.len() - before;
         eprintln!("{:>10}  {:>8}  {count} rows", mode.label(), size(bytes));
     }
 
     /// The floors of a size.
     pub fn add_floors(&mut self, bytes: u64, samples: &Samples) {
-        self.push("floor", bytes, samples, true);
+        self.push(None, bytes, samples);
     }
 
-    fn push(&mut self, mode: &'static str, size_bytes: u64, samples: &Samples, floors: bool) {
-        for operation in samples.operations().filter(|o| o.is_floor() == floors) {
+    fn push(&mut self, mode: Option<Mode>, size_bytes: u64, samples: &Samples) {
+        for operation in samples.operations().filter(|o| o.is_floor() == mode.is_none()) {
             if let Some(figures) = samples.figures(operation, size_bytes, self.seed) {
                 self.rows.push(Row {
                     mode,
@@ -225,8 +239,7 @@ impl RegisterResult {
             "mode", "operation", "size", "n", "p50", "p99", "max", "bytes/s", "times its floors [95%]"
         ));
         let mut rows: Vec<&Row> = self.rows.iter().collect();
-        let place = |row: &Row| Mode::ALL.iter().position(|m| m.label() == row.mode);
-        rows.sort_by_key(|row| (place(row), row.operation, row.size_bytes));
+        rows.sort_by_key(|row| (row.mode, row.operation, row.size_bytes));
         for row in rows {
             let f = &row.figures;
             let floors: Vec<String> = f
@@ -246,7 +259,7 @@ impl RegisterResult {
             line(
                 format!(
                     "{:<11}{:<23}{:>9}{:>6}{:>11}{:>11}{:>11}{:>12}   {}",
-                    row.mode,
+                    row.label(),
                     row.operation.label(),
                     size(row.size_bytes),
                     f.samples,
@@ -314,7 +327,7 @@ mod tests {
             samples.record(Operation::Register, Duration::from_micros(30));
             samples.record(Operation::Lock, Duration::from_micros(10));
         }
-        result.add(Mode::Pinned, 1 << 20, &samples);
+        result.add(Mode::OnDemand, 1 << 20, &samples);
         result.add_floors(1 << 20, &samples);
         result
             .skipped
@@ -329,7 +342,7 @@ mod tests {
         assert_eq!(rows.len(), 2);
         assert_eq!(
             (&rows[0]["mode"], &rows[1]["mode"]),
-            (&json!("pinned"), &json!("floor"))
+            (&json!("on_demand"), &json!("floor"))
         );
         assert_eq!(rows[0]["operation"], "register");
         for key in [
@@ -344,7 +357,8 @@ mod tests {
         }
         assert_eq!(rows[0]["floors"][0]["floor"], "lock");
         assert_eq!(rows[0]["floors"][0]["ratio"]["median"], 3.0);
-        assert_eq!(json["skipped"][0]["mode"], "on_demand");
+        // The same name wherever a mode is named.
+        assert_eq!(json["skipped"][0]["mode"], rows[0]["mode"]);
         assert!(json["device"].is_null() && json["verified_bytes"].is_number());
     }
 
