@@ -512,6 +512,9 @@ pub enum BenchCommand {
     Invalidate(BenchArgs),
     /// What a register access over vfio-user costs, against a raw socket.
     Mmio(MmioArgs),
+    /// What it costs to let an RDMA device reach memory: registration, on-demand paging, faults, a registration cache.
+    #[cfg(feature = "verbs")]
+    Register(Box<crate::bench::register::RegisterArgs>),
     /// What the three ways to notice a store cost (`--doorbell trap|bell|poll`), and an idle device.
     Doorbell(DoorbellArgs),
 }

@@ -55,6 +55,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Some(Command::Bench(BenchCommand::Mmio(args))) => bench::mmio::run(&args, &mut out).map(done),
         Some(Command::Bench(BenchCommand::Doorbell(args))) => bench::doorbell::run(&args, &mut out).map(done),
         Some(Command::BenchHog(args)) => bench::hog::run(&args).map(done),
+        #[cfg(feature = "verbs")]
+        Some(Command::Bench(BenchCommand::Register(args))) => bench::register::run(&args, &mut out).map(done),
         Some(Command::BenchWake(args)) => bench::wake::run(&args).map(done),
         Some(Command::BenchEcho(args)) => bench::mmio::echo::run(&args).map(done),
         Some(Command::Conformance(args)) => conformance::run(&args, &mut out).map(|good| match good {

@@ -7,6 +7,8 @@ pub mod hog;
 pub mod mmio;
 mod monitor;
 mod placement;
+#[cfg(feature = "verbs")]
+pub mod register;
 mod report;
 mod statistics;
 pub mod subject;
