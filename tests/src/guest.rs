@@ -58,6 +58,35 @@ impl Rig {
         Initramfs::new(&self.lab).unwrap()
     }
 
+    /// The same with the RDMA programs, and the stock modules of mlx5 loaded.
+    ///
+    /// # Errors
+    /// The programs are missing: the reason of a visible skip.
+    ///
+    /// # Panics
+    /// As [`Rig::initramfs`].
+    pub fn rdma_initramfs(&self) -> Result<Initramfs, String> {
+        self.lab.find_rdma().map_err(|error| format!("{error:#}"))?;
+        let mut files = self.initramfs();
+        files.add_rdma(&self.lab, &self.kernel).unwrap();
+        Ok(files)
+    }
+
+    /// The files for a guest whose commands run in the root image, and the image.
+    ///
+    /// # Errors
+    /// There is no image: the reason of a visible skip.
+    ///
+    /// # Panics
+    /// As [`Rig::initramfs`].
+    pub fn image_initramfs(&self) -> Result<(Initramfs, PathBuf), String> {
+        let image = self.lab.find_image().map_err(|error| format!("{error:#}"))?;
+        let mut files = self.initramfs();
+        files.enter_image(&self.lab, &self.kernel).unwrap();
+        files.add_rdma_modules(&self.lab, &self.kernel).unwrap();
+        Ok((files, image))
+    }
+
     /// A guest with these files and devices, not yet running. Its log is named after the test.
     ///
     /// # Panics
