@@ -200,3 +200,26 @@ impl Rig {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::allocations::of_this_thread;
+
+    #[test]
+    fn test_messages_when_they_flow_allocate_nothing() {
+        for kind in [Kind::Write, Kind::Read, Kind::Send, Kind::Atomic] {
+            for len in [8, 3000, 65_536, 200_000] {
+                if kind == Kind::Atomic && len != 8 {
+                    continue;
+                }
+                let mut rig = Rig::looped(10, 8 << 20).unwrap();
+                // Queues grow to their size, buffers are made.
+                rig.run(kind, len, 1000).unwrap();
+                let before = of_this_thread();
+                rig.run(kind, len, 1000).unwrap();
+                assert_eq!(of_this_thread(), before, "{kind:?} of {len} bytes");
+            }
+        }
+    }
+}

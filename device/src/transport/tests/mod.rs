@@ -1,6 +1,7 @@
 //! Two transports on one thread, with an owner that keeps a log, and a link that tests can impair.
 
 mod clauses;
+mod dissected;
 mod hostile;
 mod over_fabric;
 mod parks;

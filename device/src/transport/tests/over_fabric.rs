@@ -12,15 +12,15 @@ impl Wake for NoWake {
     fn wake(&self) {}
 }
 
-struct Host {
+pub(super) struct Host {
     adapter: Adapter,
-    end: Endpoint,
-    transport: Transport,
-    node: Node,
+    pub(super) end: Endpoint,
+    pub(super) transport: Transport,
+    pub(super) node: Node,
 }
 
 impl Host {
-    fn new(fabric: &Fabric, guid: u64) -> Self {
+    pub(super) fn new(fabric: &Fabric, guid: u64) -> Self {
         let config = crate::fabric::tests::config(guid, 1, 1);
         let adapter = fabric.attach(config, vec![Arc::new(NoWake)], None).unwrap();
         Self {
@@ -31,11 +31,11 @@ impl Host {
         }
     }
 
-    fn lid(&self) -> Lid {
+    pub(super) fn lid(&self) -> Lid {
         self.adapter.port(1).unwrap().lid
     }
 
-    fn connect(&mut self, to: Lid, timeout: u8) {
+    pub(super) fn connect(&mut self, to: Lid, timeout: u8) {
         let settings = Settings {
             service: ServiceType::Rc,
             key: 0,
@@ -68,7 +68,7 @@ impl Host {
         }
     }
 
-    fn post(&mut self, action: Action, local: u64, len: u32) {
+    pub(super) fn post(&mut self, action: Action, local: u64, len: u32) {
         let list = self.node.requests.entry(QP).or_default();
         let index = list.len() as u32;
         let request = Request {
