@@ -509,6 +509,9 @@ pub struct RdmaArgs {
     /// Seed of the bootstrap.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
+    /// Most payload of one segment, in KiB; without it the transport's default.
+    #[arg(long, value_name = "KIB", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub segment: Option<u32>,
 }
 
 /// Options of `bench doorbell`.

@@ -26,7 +26,8 @@ pub struct Config {
     pub min_ack_timeout: Duration,
     /// Packets that one `poll` takes in.
     pub receive_batch: usize,
-    /// Bytes that one `poll` sends (at least one segment, and a small message counts as 2 KiB).
+    /// Bytes that one `poll` sends: at least one segment, at most 32 small messages. A segment that is received
+    /// before the next one is sent is still in the cache.
     pub send_budget: u32,
 }
 

@@ -514,6 +514,7 @@ impl Transport {
     fn send(&mut self, now: Time, owner: &mut impl Owner, link: &mut impl Link) -> usize {
         let mut turns = 0;
         let mut budget = i64::from(self.core.config.send_budget);
+        let small = (self.core.config.send_budget / 32).max(1);
         while budget > 0 {
             let Some(slot) = self.core.send.pop_front() else {
                 break;
@@ -530,7 +531,7 @@ impl Transport {
                     Step::More => {
                         turns += 1;
                         let last = self.core.last_payload;
-                        budget -= i64::from(last.max(2048));
+                        budget -= i64::from(last.max(small));
                         turn -= 1;
                         if turn == 0 || budget <= 0 || last > 4096 {
                             self.core.list_send(qp);

@@ -17,6 +17,7 @@ use super::placement::{Unpin, pin};
 use super::statistics::{Block, paired};
 use crate::allocations;
 use crate::cli::RdmaArgs;
+use device::transport::Config;
 use owner::Kind;
 use report::{RateRow, RdmaResult, Row};
 use rig::Rig;
@@ -36,6 +37,7 @@ struct Amount {
     large: u32,
     /// Small messages at a time.
     small: u32,
+    config: Config,
 }
 
 /// Measures and prints the table.
@@ -43,17 +45,24 @@ struct Amount {
 /// # Errors
 /// The transport fails.
 pub fn run(args: &RdmaArgs, out: &mut impl Write) -> Result<()> {
+    let mut config = Config::default();
+    if let Some(kib) = args.segment {
+        config.segment = kib << 10;
+        config.send_budget = kib << 10;
+    }
     let amount = if args.quick {
         Amount {
             blocks: 8,
             large: 256,
             small: 20_000,
+            config,
         }
     } else {
         Amount {
             blocks: 40,
             large: 1024,
             small: 100_000,
+            config,
         }
     };
     let start = Instant::now();
@@ -67,7 +76,7 @@ pub fn run(args: &RdmaArgs, out: &mut impl Write) -> Result<()> {
     let there = cpus.next();
     pin(here)?;
     for kind in [Kind::Write, Kind::Read, Kind::Send] {
-        let mut rig = Rig::looped(1, half)?;
+        let mut rig = Rig::looped(1, half, amount.config)?;
         let row = bandwidth(&mut rig, kind, 1, 1, amount, args.seed)?;
         result.push(row);
     }
@@ -150,10 +159,10 @@ fn bandwidth(
 fn rates(kind: Kind, amount: Amount, seed: u64, result: &mut RdmaResult) -> Result<()> {
     let half = 4 << 20;
     let count = amount.small;
-    let mut one = Rig::looped(1, half)?;
+    let mut one = Rig::looped(1, half, amount.config)?;
     one.run(kind, SMALL, count)?;
     for queue_pairs in QUEUE_PAIRS {
-        let mut many = Rig::looped(queue_pairs, half)?;
+        let mut many = Rig::looped(queue_pairs, half, amount.config)?;
         many.run(kind, SMALL, 2 * count)?;
         let mut blocks = Vec::with_capacity(amount.blocks);
         let before = allocations::of_this_thread();
@@ -185,7 +194,7 @@ fn rates(kind: Kind, amount: Amount, seed: u64, result: &mut RdmaResult) -> Resu
 
 /// The responder on a processor of its own.
 fn two_threads(there: usize, half: usize, amount: Amount, seed: u64, result: &mut RdmaResult) -> Result<()> {
-    let (mut here, mut other) = Rig::two(1, half)?;
+    let (mut here, mut other) = Rig::two(1, half, amount.config)?;
     let (stop, len) = (AtomicBool::new(false), AtomicU32::new(LARGE));
     std::thread::scope(|scope| -> Result<()> {
         let thread = scope.spawn(|| -> Result<()> {

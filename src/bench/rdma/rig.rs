@@ -39,7 +39,7 @@ fn first(key: u32) -> Qpn {
 }
 
 impl Rig {
-    fn new(fabric: &Fabric, guid: u64, half: usize, keys: usize) -> Result<Self> {
+    fn new(fabric: &Fabric, guid: u64, half: usize, keys: usize, transport: Config) -> Result<Self> {
         let config = AdapterConfig {
             system_guid: guid,
             node_guid: guid,
@@ -53,7 +53,7 @@ impl Rig {
         };
         let adapter = fabric.attach(config, vec![Arc::new(NoWake)], None)?;
         Ok(Self {
-            transport: Transport::new(Config::default()),
+            transport: Transport::new(transport),
             endpoint: adapter.endpoint(0),
             owner: Flat::new(half, keys),
             adapter,
@@ -100,9 +100,9 @@ impl Rig {
     }
 
     /// `count` queue pairs, each connected to another one of the same adapter.
-    pub fn looped(count: u32, half: usize) -> Result<Self> {
+    pub fn looped(count: u32, half: usize, config: Config) -> Result<Self> {
         let fabric = Fabric::new();
-        let mut rig = Self::new(&fabric, 0x10, half, 2 * count as usize)?;
+        let mut rig = Self::new(&fabric, 0x10, half, 2 * count as usize, config)?;
         let lid = rig.lid()?;
         for key in 0..count {
             let (a, b) = (first(key), first(count + key));
@@ -114,10 +114,10 @@ impl Rig {
     }
 
     /// Two of them, with `count` queue pairs connected to each other.
-    pub fn two(count: u32, half: usize) -> Result<(Self, Self)> {
+    pub fn two(count: u32, half: usize, config: Config) -> Result<(Self, Self)> {
         let fabric = Fabric::new();
-        let mut a = Self::new(&fabric, 0x10, half, count as usize)?;
-        let mut b = Self::new(&fabric, 0x20, half, count as usize)?;
+        let mut a = Self::new(&fabric, 0x10, half, count as usize, config)?;
+        let mut b = Self::new(&fabric, 0x20, half, count as usize, config)?;
         let (lid_a, lid_b) = (a.lid()?, b.lid()?);
         for key in 0..count {
             a.connect(first(key), key, first(key), lid_b)?;
@@ -213,7 +213,7 @@ mod tests {
                 if kind == Kind::Atomic && len != 8 {
                     continue;
                 }
-                let mut rig = Rig::looped(10, 8 << 20).unwrap();
+                let mut rig = Rig::looped(10, 8 << 20, Config::default()).unwrap();
                 // Queues grow to their size, buffers are made.
                 rig.run(kind, len, 1000).unwrap();
                 let before = of_this_thread();
