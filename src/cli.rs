@@ -20,7 +20,8 @@ Examples:
   tlbridge                                   ten seconds of the demo
   tlbridge demo --seconds 60 --threads 4 --json > run.json
   tlbridge demo --break drain --seconds 2    a device that does not drain: must end with exit code 3
-  tlbridge bench invalidate --json bench.json")]
+  tlbridge bench invalidate --json bench.json
+  tlbridge bench invalidate --guest --quick")]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -298,7 +299,7 @@ pub struct VmArgs {
     /// Attach a device that is served already: its vfio-user socket (repeatable).
     #[arg(long, value_name = "SOCKET")]
     pub device: Vec<PathBuf>,
-    /// How the device learns of a store.
+    /// How the device learns of a store (default: trap).
     #[arg(long, value_enum, requires = "model")]
     pub doorbell: Option<Doorbell>,
     /// An argument for `tlbridge device` (repeatable), as in --device-arg=--engines=4.
@@ -604,6 +605,10 @@ pub struct BenchArgs {
     /// Only this row of the table (can be repeated).
     #[arg(long = "case", value_enum, value_name = "CASE")]
     pub cases: Vec<Case>,
+    /// Beside a few rows of the sandbox: the same calls on the kernel's own driver in a guest, in every doorbell mode,
+    /// with what the driver says about its flushes. Takes the guest lab (made the first time).
+    #[arg(long, conflicts_with = "cases")]
+    pub guest: bool,
     /// Seed of the bootstrap.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
@@ -714,6 +719,9 @@ pub struct SubjectArgs {
     /// Rows; none = all.
     #[arg(long = "case", value_enum)]
     pub cases: Vec<Case>,
+    /// Only ranges up to that length.
+    #[arg(long)]
+    pub most_bytes: Option<usize>,
     /// Everybody has a fixed processor; this is the device's.
     #[arg(long)]
     pub device_cpu: Option<usize>,

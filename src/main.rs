@@ -58,6 +58,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
             true => ExitCode::SUCCESS,
             false => ExitCode::from(1),
         }),
+        Some(Command::Bench(BenchCommand::Invalidate(args))) if args.guest => {
+            bench::guest::run(&args, &mut out).map(done)
+        }
         Some(Command::Bench(BenchCommand::Invalidate(args))) => bench::invalidate(&args, &mut out).map(done),
         Some(Command::Inspect(args)) => inspect::run(&args, &mut out).map(done),
         Some(Command::Vm(args)) => vm::run(&args),

@@ -16,6 +16,7 @@ use driver::gru::user::Gseg;
 use driver::gru::{Context as GruContext, ContextOptions, Fault, Gru, GruOptions, Mm, Pager, Translation};
 use driver::vfio_user::VfioUserClient;
 use protos::gru::cb::{Instruction, Status, XType};
+use protos::gru::{map, pci};
 use rustix::fs::MemfdFlags;
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -32,6 +33,8 @@ use report::{DoorbellResult, ModeRow};
 const BYTES: u64 = 1 << 20;
 const IOVA: u64 = 0x10_0000_0000;
 const VA: u64 = 0x7000_0000_0000;
+/// A part of a GSEG that nobody has: trapped in every mode, and without an effect.
+const NOTHING: u64 = 15 * map::GSEG_STRIDE + map::GSEG_MAPPABLE;
 /// An instruction that takes longer does not end.
 const LIMIT: Duration = Duration::from_secs(10);
 /// No engine of a device that "spins" stops before the benchmark does.
@@ -168,6 +171,7 @@ struct Subject {
     gseg: Gseg,
     _context: GruContext,
     mm: Arc<Mm>,
+    backing: Arc<dyn Backing>,
     device: Service,
 }
 
@@ -207,6 +211,7 @@ impl Subject {
             gseg: context.gseg()?,
             _context: context,
             mm,
+            backing,
             device,
         })
     }
@@ -233,12 +238,13 @@ impl Subject {
             gseg,
             _context: context,
             mm,
+            backing,
             device,
             ..
         } = self;
         drop(gseg);
         context.close()?;
-        drop(mm);
+        drop((mm, backing));
         device.end_cleanly()
     }
 
@@ -281,11 +287,21 @@ impl Subject {
         }
         let read = || Ok(self.gseg.control(1).map(drop)?);
         let write = || Ok(self.gseg.ds_write(8, &[0; 8])?);
+        let register = || {
+            // As QEMU does it: without an answer only where nothing of the device can be mapped.
+            let data = [0; 4];
+            match self.mode {
+                Mode::Trap => self.backing.write_posted(pci::BAR_CHIPLETS, NOTHING, &data)?,
+                _ => self.backing.write(pci::BAR_CHIPLETS, NOTHING, &data)?,
+            }
+            Ok(())
+        };
         let flush = || {
             self.mm.flush(VA + 4096, VA + 8192);
             Ok(())
         };
         let (cb_read, ds_write) = (self.times(calls, read)?, self.times(calls, write)?);
+        let register = self.times(calls, register)?;
         let flush = self.times(calls, flush)?;
         // A rare start finds the engines asleep.
         let rare = (0..calls.min(50))
@@ -303,6 +319,7 @@ impl Subject {
             mode: self.mode,
             cb_read_p50_ns: median(cb_read),
             ds_write_p50_ns: median(ds_write),
+            register_write_p50_ns: median(register),
             vload_hit: vload.summary(),
             vload_hit_after_idle_p50_ns: median(rare),
             flush_p50_ns: median(flush),

@@ -2,6 +2,7 @@
 
 mod cases;
 pub mod doorbell;
+pub mod guest;
 pub mod mmio;
 mod monitor;
 mod placement;
@@ -21,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::cli::{BenchArgs, ModelName, UffdModeName};
+use crate::cli::{BenchArgs, Doorbell, ModelName, UffdModeName};
 use crate::demo::{args, name};
 use crate::latency::human;
 use crate::stop::Stop;
@@ -54,6 +55,8 @@ pub fn invalidate(args: &BenchArgs, out: &mut impl Write) -> Result<()> {
             mode,
             dir: dir.path(),
             stop: &stop,
+            doorbell: Doorbell::Poll,
+            most_bytes: None,
         };
         run.measure(Placement::Free, &args.cases, &mut result)?;
         if !args.cases.is_empty() && !args.cases.contains(&Case::AgentLiveParked) {
@@ -107,6 +110,9 @@ struct Run<'a> {
     mode: UffdModeName,
     dir: &'a Path,
     stop: &'a Stop,
+    doorbell: Doorbell,
+    /// Only ranges up to that length.
+    most_bytes: Option<usize>,
 }
 
 impl Run<'_> {
@@ -129,7 +135,7 @@ impl Run<'_> {
         if let Some((_, there)) = processors {
             pin(there)?;
         }
-        let more = args!["--doorbell", "poll", "--map-tfh"];
+        let more = args!["--doorbell", name(self.doorbell), "--map-tfh"];
         let mut device = crate::device::start(ModelName::Gru, dir, &device_socket, more, stop)?;
         if let Some((here, _)) = processors {
             pin(here)?;
@@ -160,6 +166,9 @@ impl Run<'_> {
         ];
         if self.args.quick {
             list.push(OsString::from("--quick"));
+        }
+        if let Some(most) = self.most_bytes {
+            list.extend(args!["--most-bytes", most.to_string()]);
         }
         if let Some((_, there)) = processors {
             list.extend(args!["--device-cpu", there.to_string()]);

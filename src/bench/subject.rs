@@ -147,7 +147,8 @@ impl Subject<'_> {
             if stop.requested() {
                 break;
             }
-            if wanted(size, case, self.args.quick) && (!placed || wanted_when_placed(size)) {
+            let short = self.args.most_bytes.is_none_or(|most| size <= most);
+            if short && wanted(size, case, self.args.quick) && (!placed || wanted_when_placed(size)) {
                 let row = self.measure(case, size, wake.as_mut())?;
                 stop::say(&json!({ "row": row }));
             }

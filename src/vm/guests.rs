@@ -14,7 +14,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::NO_GUEST;
-use crate::cli::{VmArgs, VmModel};
+use crate::cli::{Doorbell, VmArgs, VmModel};
 use crate::demo::{ANSWER_LIMIT, args, name};
 use crate::inspect::print_text;
 use crate::stop::Stop;
@@ -307,8 +307,10 @@ fn say_stats(name: &str, device: &mut Service) -> Result<()> {
 
 fn device_args(args: &VmArgs) -> Vec<OsString> {
     let mut all = Vec::new();
-    if let Some(doorbell) = args.doorbell {
-        all.extend(args!["--doorbell", name(doorbell)]);
+    let says = |argument: &OsString| argument.to_string_lossy().starts_with("--doorbell");
+    if args.doorbell.is_some() || !args.device_arg.iter().any(says) {
+        // Strict: a guest's driver need not know of doorbells, and its register writes are posted.
+        all.extend(args!["--doorbell", name(args.doorbell.unwrap_or(Doorbell::Trap))]);
     }
     all.extend(args.device_arg.iter().cloned());
     all

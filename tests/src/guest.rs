@@ -1,5 +1,7 @@
 //! Guests for tests: what the lab has, a device process for each, the guest.
 
+pub mod counters;
+
 use std::path::PathBuf;
 
 use lab::Lab;

@@ -2,9 +2,9 @@
 //! nothing is left behind.
 
 use std::collections::BTreeMap;
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -187,6 +187,8 @@ impl Tool {
 #[derive(Debug)]
 pub struct Device {
     child: Child,
+    questions: ChildStdin,
+    answers: BufReader<ChildStdout>,
     socket: PathBuf,
     _directory: Option<TempDir>,
 }
@@ -214,26 +216,43 @@ impl Device {
             .args(["device", "--model", "gru", "--socket"])
             .arg(socket)
             .args(arguments)
+            // It says when it serves, and answers questions.
+            .arg("--supervised")
             .env("RUST_LOG", "error")
-            .stdin(Stdio::null())
-            .stderr(Stdio::piped())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
             .spawn()
             .unwrap_or_else(|e| panic!("starting {}: {e}", binary().display()));
-        // It says where it serves as soon as it does.
-        let mut said = [0; 7];
-        let mut stderr = child.stderr.take().expect("piped");
-        let read = stderr.read_exact(&mut said);
-        assert!(
-            read.is_ok() && &said == b"serving",
-            "the device does not serve: {read:?}"
-        );
-        // It must not wait for room when it has more to say.
-        std::thread::spawn(move || std::io::copy(&mut stderr, &mut std::io::sink()));
-        Self {
+        let questions = child.stdin.take().expect("piped");
+        let answers = BufReader::new(child.stdout.take().expect("piped"));
+        let mut device = Self {
             child,
+            questions,
+            answers,
             socket: socket.to_owned(),
             _directory: None,
-        }
+        };
+        let ready = device.said("ready");
+        assert!(ready.is_object(), "{ready}");
+        device
+    }
+
+    /// What the model has counted, as `tlbridge vm --device-stats` shows it.
+    ///
+    /// # Panics
+    /// When the device is gone.
+    pub fn stats(&mut self) -> serde_json::Value {
+        writeln!(self.questions, "stats").expect("the device is gone");
+        self.said("stats")["stats"].take()
+    }
+
+    fn said(&mut self, key: &str) -> serde_json::Value {
+        let mut line = String::new();
+        let read = self.answers.read_line(&mut line);
+        let mut object: serde_json::Value = serde_json::from_str(&line)
+            .unwrap_or_else(|e| panic!("the device said {line:?} ({read:?}, {e})"));
+        object[key].take()
     }
 
     /// Its pid.

@@ -263,7 +263,8 @@ fn test_bench_when_quick_prints_rows_for_both_registration_modes() {
     );
 }
 
-/// Idle cost is CPU time, so it is judged here; latencies are printed.
+/// Idle cost is CPU time, and the busy poller is compared in turn with one that always spins: both are judged here.
+/// Latencies are printed.
 #[test]
 fn test_bench_doorbell_when_quick_prints_every_mode_and_an_idle_device_costs_nothing() {
     let ended = run(&["bench", "doorbell", "--quick", "--json", "-"], 120);
@@ -286,5 +287,13 @@ fn test_bench_doorbell_when_quick_prints_every_mode_and_an_idle_device_costs_not
             row["vload_hit"]["p50_ns"]
         );
     }
-    println!("poll over spin: {}", json["poll_over_spin"]["ratio"]);
+    let ratio = &json["poll_over_spin"]["ratio"];
+    println!("poll over spin: {ratio}");
+    assert!(ratio["low"].as_f64().is_some_and(|low| low <= 3.0), "{ratio}");
+    let writes = &json["losing_posted_writes"];
+    println!("answered over posted register writes: {writes}");
+    assert!(
+        writes["ratio"].as_f64().is_some_and(|ratio| ratio > 1.0),
+        "{writes}"
+    );
 }

@@ -28,7 +28,7 @@ enum Task {
         #[arg(long)]
         keep_going: bool,
     },
-    /// The long forms of the tests: hammer, fault injection, kill rounds and fuzzing.
+    /// The long forms of the tests: hammer, fault injection, kill rounds, guests and fuzzing.
     Soak {
         /// Minutes for the hammer test.
         #[arg(long, default_value_t = 30)]
@@ -36,6 +36,10 @@ enum Task {
         /// Minutes for the fuzz targets together; 0 leaves them out.
         #[arg(long, default_value_t = 30)]
         fuzz_minutes: u64,
+        /// Rounds of the kernel driver's own tests in guests, in every doorbell mode; the other guest tests take
+        /// longer in proportion. 0 leaves them out.
+        #[arg(long, default_value_t = 300)]
+        guest_rounds: u64,
     },
     /// Find or make what guests take, below target/lab: a QEMU with vfio-user-pci, a stock kernel, modules,
     /// RDMA programs.
@@ -54,7 +58,8 @@ fn main() -> ExitCode {
         Task::Soak {
             minutes,
             fuzz_minutes,
-        } => tiers::soak(minutes, fuzz_minutes),
+            guest_rounds,
+        } => tiers::soak(minutes, fuzz_minutes, guest_rounds),
         Task::Lab { all } => lab::run(all),
         Task::Layering => layering::check().map(|()| true),
     };

@@ -132,6 +132,10 @@ fn integration(root: &Path, tier: Tier) -> Command {
         "TLBRIDGE_AGENT_LIB",
         root.join("target/release/libtlbridge_agent.so"),
     );
+    if tier == Tier::InProcess {
+        // Its own tests: of what the tests share.
+        c.arg("--lib");
+    }
     for name in test_targets(root) {
         if Tier::of(&name) == tier {
             c.args(["--test", &name]);
@@ -294,7 +298,7 @@ fn describe_machine() {
 }
 
 /// Long forms of the tests.
-pub fn soak(minutes: u64, fuzz_minutes: u64) -> anyhow::Result<bool> {
+pub fn soak(minutes: u64, fuzz_minutes: u64, guest_rounds: u64) -> anyhow::Result<bool> {
     let root = root()?;
     std::env::set_current_dir(&root).with_context(|| format!("entering {}", root.display()))?;
     let logs = root.join("target/xtask");
@@ -302,7 +306,7 @@ pub fn soak(minutes: u64, fuzz_minutes: u64) -> anyhow::Result<bool> {
     let begin = Instant::now();
     let mut totals = Totals::default();
     let mut failed_steps = Vec::new();
-    if minutes > 0 {
+    if minutes > 0 || guest_rounds > 0 {
         let build = step(
             "build",
             &mut cargo(&["build", "--release", "--workspace"]),
@@ -313,6 +317,8 @@ pub fn soak(minutes: u64, fuzz_minutes: u64) -> anyhow::Result<bool> {
         if !build.ok {
             return Ok(false);
         }
+    }
+    if minutes > 0 {
         let mut command = integration(&root, Tier::Sandbox);
         command
             .env("TLBRIDGE_HAMMER_SECONDS", (minutes * 60).to_string())
@@ -338,6 +344,21 @@ pub fn soak(minutes: u64, fuzz_minutes: u64) -> anyhow::Result<bool> {
         totals.add(&outcome.totals);
         if !outcome.ok {
             failed_steps.push("soak-in-process");
+        }
+    }
+    if guest_rounds > 0 {
+        totals.skips.extend(lab::provide(true)?);
+        let mut command = integration(&root, Tier::Guest);
+        command.env("TLBRIDGE_GUEST_ROUNDS", guest_rounds.to_string());
+        let log = logs.join("soak-guest.log");
+        println!("== soak: guests, {guest_rounds} rounds of the driver's own tests in each mode");
+        // 300 rounds take half an hour where nothing else runs.
+        let limit = 60 * MINUTE + MINUTE * u32::try_from(guest_rounds / 2).unwrap_or(u32::MAX / 64);
+        let outcome = step("soak-guest", &mut command, &log, limit)?;
+        report("soak-guest", &outcome, &log);
+        totals.add(&outcome.totals);
+        if !outcome.ok {
+            failed_steps.push("soak-guest");
         }
     }
     if fuzz_minutes > 0 {

@@ -226,6 +226,12 @@ impl Atc {
         self.purge_finish(self.purge_begin(what))
     }
 
+    /// Whether no engine is inside an access just now: a purge that begins then has hardly anybody to wait for.
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        self.core.is_quiet()
+    }
+
     /// First half of [`Atc::purge`]: kill and clear.
     ///
     /// # Panics

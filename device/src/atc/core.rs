@@ -479,6 +479,13 @@ impl Core {
         }
     }
 
+    /// See [`super::Atc::is_quiet`].
+    pub fn is_quiet(&self) -> bool {
+        self.engines
+            .iter()
+            .all(|slot| slot.epoch.load(Ordering::Acquire) & 1 == 0)
+    }
+
     fn drain(&self, report: &mut PurgeReport, except: Option<usize>) {
         // After the clearing, before the epochs: see the head of the file.
         full_fence();

@@ -339,6 +339,7 @@ impl Hardware {
     fn release_cbr(&self, chiplet: &Chiplet, cbr: usize, held: &mut CbrState) {
         let resource = &chiplet.cbrs[cbr];
         if resource.phase().is_miss() {
+            self.counters.misses_withdrawn.bump();
             chiplet.set_missing(cbr, false);
             chiplet.atc.close_miss(cbr);
         }

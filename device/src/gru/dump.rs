@@ -26,6 +26,10 @@ pub struct GruStats {
     pub messages_refused: u64,
     /// Misses reported to software.
     pub misses: u64,
+    /// Of these, those that were reported in a fault map. The others showed CALL_OS to their user.
+    pub misses_in_fault_map: u64,
+    /// Misses that ended without an answer: with their context's DEALLOCATE, or a reset.
+    pub misses_withdrawn: u64,
     /// Fills that entered a translation.
     pub fills: u64,
     /// Fills that the kill bit refused.
@@ -59,6 +63,8 @@ pub(super) fn stats(hardware: &Hardware) -> GruStats {
         exceptions: counters.exceptions.get(),
         messages_refused: counters.messages_refused.get(),
         misses: counters.misses.get(),
+        misses_in_fault_map: counters.misses_in_fault_map.get(),
+        misses_withdrawn: counters.misses_withdrawn.get(),
         fills: counters.fills.get(),
         fills_killed: counters.fills_killed.get(),
         tgh_purges: counters.tgh_purges.get(),

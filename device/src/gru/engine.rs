@@ -164,7 +164,7 @@ impl Hardware {
 
     /// Whether there is something that this engine could do: a look that changes nothing. What another engine is
     /// doing right now does not count; it looks again by itself.
-    fn work_waits(&self) -> bool {
+    pub(super) fn work_waits(&self) -> bool {
         let _working = self
             .quiesce
             .read()

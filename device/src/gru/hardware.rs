@@ -149,6 +149,9 @@ impl Hardware {
                 context.clear();
             }
             for (number, cbr) in chiplet.cbrs.iter().enumerate() {
+                if cbr.phase().is_miss() {
+                    self.counters.misses_withdrawn.bump();
+                }
                 cbr.clear();
                 chiplet.atc.close_miss(number);
             }

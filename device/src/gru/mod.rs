@@ -219,6 +219,8 @@ struct Counters {
     exceptions: Count,
     messages_refused: Count,
     misses: Count,
+    misses_in_fault_map: Count,
+    misses_withdrawn: Count,
     fills: Count,
     fills_killed: Count,
     tgh_purges: Count,
@@ -456,7 +458,7 @@ impl Model for Gru {
             {
                 // The doorbell page rings; everything else in the BAR is read-only for software.
                 if offset < pci::DOORBELL_OFFSET + 0x1000 {
-                    self.hardware.ring();
+                    self.hardware.ring_by_message();
                 }
                 Ok(())
             }

@@ -86,7 +86,7 @@ impl Hardware {
         let go = mask & value & 1 != 0;
         match self.decode(offset) {
             Region::Hole | Region::GsegStatus => {}
-            Region::GsegBell => self.ring(),
+            Region::GsegBell => self.ring_by_message(),
             Region::Memory => self.memory.merge(offset, mask, value),
             Region::Tfm => self.tfm_write(offset, mask, value),
             Region::CbControl => {
@@ -109,7 +109,11 @@ impl Hardware {
                 ) {
                     let status = tgh::Control::new().with_status(HandleStatus(3)).into_bits();
                     let wanted = tgh::Control::new().with_status(HandleStatus::ACTIVE).into_bits();
-                    self.store_command(offset, mask, value, go.then_some((status, wanted)));
+                    self.store_control(offset, mask, value, go.then_some((status, wanted)));
+                    let chiplet = &self.chiplets[(offset / map::CHIPLET_SIZE) as usize];
+                    if go && (!self.tgh_at_once(chiplet) || self.tgh_waiting(chiplet)) {
+                        self.ring();
+                    }
                 }
             }
             Region::CchControl { chiplet, context } => {
@@ -132,15 +136,33 @@ impl Hardware {
         }
     }
 
-    /// Stores a control word. With a command the field `active.0` becomes `active.1`, whatever was stored.
+    /// Stores a control word and has an engine look at its command.
     fn store_command(&self, offset: u64, mask: u64, value: u64, active: Option<(u64, u64)>) {
-        let Some((field, wanted)) = active else {
-            self.memory.merge(offset, mask, value);
-            return;
+        self.store_control(offset, mask, value, active);
+        if active.is_some() {
+            self.ring();
+        }
+    }
+
+    /// Stores a control word. With a command the field `active.0` becomes `active.1`, whatever was stored.
+    fn store_control(&self, offset: u64, mask: u64, value: u64, active: Option<(u64, u64)>) {
+        let (mask, value) = match active {
+            Some((field, wanted)) => (mask | field, value & !field | wanted),
+            None => (mask, value),
         };
-        let (mask, value) = (mask | field, value & !field | wanted);
         self.memory.merge(offset, mask, value);
-        self.ring();
+    }
+
+    /// A doorbell was written by a message: whoever has sent it waits for the answer.
+    pub(super) fn ring_by_message(&self) {
+        let flushed = self
+            .chiplets
+            .iter()
+            .fold(false, |flushed, chiplet| flushed | self.tgh_at_once(chiplet));
+        // A ring stands for any number of starts.
+        if !flushed || self.work_waits() {
+            self.ring();
+        }
     }
 
     /// A write that changes nothing but the software lock against what the last read returned is the second

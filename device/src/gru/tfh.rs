@@ -53,6 +53,7 @@ impl Hardware {
         chiplet.atc.open_miss(cbr, SpaceId(u64::from(asid)), fault.va);
         let fault_map = control.tfm_fault_bit_enable();
         let (phase, state) = if fault_map {
+            self.counters.misses_in_fault_map.bump();
             context.fault_map_misses.fetch_add(1, Ordering::SeqCst);
             (Phase::MissFmm, State::MISS_FMM)
         } else {

@@ -83,6 +83,20 @@ impl Hardware {
         (0..map::TGHS).any(commanded)
     }
 
+    /// In the thread that has taken a command or a ring from its client, who will look at the handle next and would
+    /// otherwise wait for an engine to be woken. Not while an engine is inside an access: that is its drain's time, and
+    /// others must be served meanwhile. Returns whether a command was executed.
+    pub(super) fn tgh_at_once(&self, chiplet: &Chiplet) -> bool {
+        if !chiplet.atc.is_quiet() {
+            return false;
+        }
+        // A reset is under way otherwise, and takes the command with it.
+        let Ok(_working) = self.quiesce.try_read() else {
+            return false;
+        };
+        self.tgh_scan(chiplet)
+    }
+
     fn tgh_claim(&self, chiplet: &Chiplet, handle: usize) -> bool {
         let bit = 1u32 << handle;
         if chiplet.tgh_claims.fetch_or(bit, Ordering::Acquire) & bit != 0 {

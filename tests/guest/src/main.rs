@@ -8,11 +8,13 @@ mod driver;
 mod faults;
 mod found;
 mod instructions;
+mod invalidate;
 mod issue;
 mod ktest;
 mod memory;
 mod numbers;
 mod queue;
+mod reload;
 mod stale;
 mod statistics;
 mod steal;
@@ -20,6 +22,7 @@ mod storms;
 mod unload;
 mod unplug;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -68,6 +71,17 @@ enum Test {
     Unload,
     /// Translations that arrive after the invalidation of their page.
     StaleDropin,
+    /// Times of invalidations, for `tlbridge bench invalidate --guest`.
+    Invalidate,
+    /// A process without a device, for `invalidate`.
+    #[command(hide = true)]
+    InvalidateFloor,
+    /// The driver is unloaded and loaded again under programs that use it. Needs root.
+    Reload {
+        /// Where tlbridge_uv.ko and gru.ko are.
+        #[arg(long, default_value = "/lab/modules")]
+        modules: PathBuf,
+    },
     /// Prints the driver's counters.
     Statistics,
     /// Takes the device away from open contexts. Needs root; nothing works afterwards until gru.ko is loaded anew.
@@ -95,9 +109,16 @@ impl Test {
 type Outcome = Result<String>;
 
 fn run(cli: &Cli) -> Outcome {
+    let (rounds, seed) = (|default| cli.rounds.unwrap_or(default), cli.seed);
+    if let Test::Reload { modules } = &cli.test {
+        // Not while this program has the device.
+        return reload::run(modules, rounds(10));
+    }
+    if let Test::InvalidateFloor = &cli.test {
+        return invalidate::floor().map(|()| "ended with its input".into());
+    }
     statistics::switch_on()?;
     let gru = Gru::open()?;
-    let (rounds, seed) = (|default| cli.rounds.unwrap_or(default), cli.seed);
     match &cli.test {
         Test::Ktest => ktest::run(&gru, rounds(20)),
         Test::Instructions { misses } => {
@@ -110,6 +131,8 @@ fn run(cli: &Cli) -> Outcome {
         Test::StealPart => steal::part(&gru, rounds(3)),
         Test::Unload => unload::run(&gru, rounds(100), seed),
         Test::StaleDropin => stale::run(&gru, rounds(150)),
+        Test::Invalidate => invalidate::run(&gru, rounds(100)),
+        Test::Reload { .. } | Test::InvalidateFloor => unreachable!("run above"),
         Test::Statistics => statistics::print(),
         Test::Unplug => unplug::run(&gru),
         Test::Found { fault } => found::run(&gru, *fault, rounds(1000)),

@@ -37,6 +37,46 @@ pub fn counter(name: &str) -> Result<u64> {
         .with_context(|| format!("no counter {name} in {DIRECTORY}/statistics"))
 }
 
+/// Figures of a kind of operation on handles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Operation {
+    /// How often.
+    pub count: u64,
+    /// Nanoseconds (the file's heading says clocks).
+    pub average: u64,
+    /// Nanoseconds.
+    pub longest: u64,
+}
+
+/// The driver's figures of one kind of operation.
+///
+/// # Errors
+/// There is none of that name.
+pub fn operation(name: &str) -> Result<Operation> {
+    file("mcs_statistics")?
+        .lines()
+        .find_map(|line| {
+            let mut fields = line.split_whitespace();
+            (fields.next()? == name).then_some(())?;
+            let mut next = || fields.next()?.parse().ok();
+            Some(Operation {
+                count: next()?,
+                average: next()?,
+                longest: next()?,
+            })
+        })
+        .with_context(|| format!("no operation {name} in {DIRECTORY}/mcs_statistics"))
+}
+
+/// Has the driver count operations from 0.
+///
+/// # Errors
+/// No driver.
+pub fn forget_operations() -> Result<()> {
+    let path = format!("{DIRECTORY}/mcs_statistics");
+    fs::write(&path, "0").with_context(|| path)
+}
+
 /// Prints `statistic NAME VALUE` for each, and `operation NAME COUNT AVERAGE-NS LONGEST-NS` for the handles.
 pub fn print() -> Outcome {
     let mut lines = 0;

@@ -73,6 +73,38 @@ fn test_user_polling_miss_when_reported_sets_call_os_and_no_bit() {
 }
 
 #[test]
+fn test_misses_when_reported_and_ended_in_each_way_are_counted_by_it() {
+    in_all_modes(|doorbell| {
+        let rig = Rig::new(config(doorbell));
+        let counted = || {
+            let stats = rig.gru.stats();
+            (stats.misses, stats.misses_in_fault_map, stats.misses_withdrawn)
+        };
+        rig.start(Mode::FaultMap);
+        rig.map_range(ASID, VA, 0, 2 * PAGE);
+        rig.run_ok(0, vload(VA));
+        assert_eq!(counted(), (1, 1, 0));
+        rig.cch_do(0, cch::Opc::INTERRUPT_SYNC).unwrap();
+        rig.cch_do(0, cch::Opc::DEALLOCATE).unwrap();
+        assert_eq!(counted(), (1, 1, 0));
+
+        for (round, reset) in [false, true].into_iter().enumerate() {
+            rig.start(Mode::UserPolling);
+            rig.issue(0, vload(VA + PAGE));
+            rig.until("CALL_OS", || (rig.istatus(0) == Status::CALL_OS).then_some(()));
+            assert_eq!(counted(), (2 + round as u64, 1, round as u64));
+            if reset {
+                rig.gru.reset();
+            } else {
+                rig.cch_do(0, cch::Opc::INTERRUPT_SYNC).unwrap();
+                rig.cch_do(0, cch::Opc::DEALLOCATE).unwrap();
+            }
+            assert_eq!(counted(), (2 + round as u64, 1, 1 + round as u64));
+        }
+    });
+}
+
+#[test]
 fn test_tfh_when_fault_map_miss_is_converted_goes_to_user_polling() {
     in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));
