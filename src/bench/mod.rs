@@ -7,6 +7,7 @@ pub mod hog;
 pub mod mmio;
 mod monitor;
 mod placement;
+pub mod rdma;
 #[cfg(feature = "verbs")]
 pub mod register;
 mod report;
