@@ -70,6 +70,18 @@ pub enum Command {
 pub enum ModelName {
     /// SGI GRU, 10a9:4752.
     Gru,
+    /// mlx5 HCA with an InfiniBand port, 15b3:1017 (--function vf: 15b3:1018).
+    Mlx5,
+}
+
+/// PCI functions of an HCA.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum HcaFunction {
+    /// Physical function.
+    #[default]
+    Pf,
+    /// Virtual function.
+    Vf,
 }
 
 /// How the device learns of a store.
@@ -263,6 +275,12 @@ pub struct DeviceArgs {
     /// Variants of the GRU.
     #[command(flatten)]
     pub gru: crate::gru_options::GruOptions,
+    /// mlx5: which PCI function it is.
+    #[arg(long, value_enum, default_value_t = HcaFunction::Pf)]
+    pub function: HcaFunction,
+    /// mlx5: worker threads.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub workers: u32,
     /// Supervision.
     #[command(flatten)]
     pub supervised: Supervised,

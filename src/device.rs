@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use ::device::faults::{BreakPlan, FaultPlan};
 use ::device::gru::{Gru, GruConfig};
+use ::device::mlx5::{FunctionKind, Mlx5, Mlx5Config};
 use ::device::model::Model;
 use ::device::pci::Function;
 use ::device::server::{ErrorReplies, Server, ServerOptions, StopFd};
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use crate::cli::{DeviceArgs, DeviceFault, Doorbell, ErrorReplyLength, ModelName};
+use crate::cli::{DeviceArgs, DeviceFault, Doorbell, ErrorReplyLength, HcaFunction, ModelName};
 use crate::demo::{args, name};
 use crate::stop::{self, Stop};
 use crate::supervise::{Leftovers, START_LIMIT, Service};
@@ -51,11 +52,20 @@ pub fn run(args: &DeviceArgs) -> Result<()> {
     let stop = Stop::new()?;
     stop.on_signals(args.supervised.supervised)?;
     let _leftovers = Leftovers::new(&args.supervised, &stop);
-    let config = config(args);
-    let function = match args.model {
+    let (function, what) = match args.model {
         ModelName::Gru => {
-            Function::new(|context| Gru::new(context, config).map(|gru| -> Arc<dyn Model> { gru }))
-                .context("cannot build the GRU")?
+            let config = config(args);
+            let function =
+                Function::new(|context| Gru::new(context, config).map(|gru| -> Arc<dyn Model> { gru }))
+                    .context("cannot build the GRU")?;
+            (function, "a GRU")
+        }
+        ModelName::Mlx5 => {
+            let config = hca_config(args);
+            let function =
+                Function::new(|context| Mlx5::new(context, config).map(|hca| -> Arc<dyn Model> { hca }))
+                    .context("cannot build the HCA")?;
+            (function, "an mlx5 HCA")
         }
     };
     let options = ServerOptions {
@@ -74,7 +84,7 @@ pub fn run(args: &DeviceArgs) -> Result<()> {
         stop::obey(&stop, move |_| json!({ "stats": function.model().dump() }))?;
         stop::say(&json!({ "ready": { "pid": std::process::id() } }));
     } else {
-        eprintln!("serving a GRU at {} (Ctrl-C ends)", args.socket.display());
+        eprintln!("serving {what} at {} (Ctrl-C ends)", args.socket.display());
     }
     let forward = {
         let (stop, end) = (stop.clone(), end.clone());
@@ -87,6 +97,17 @@ pub fn run(args: &DeviceArgs) -> Result<()> {
     stop.request();
     forward.join().expect("forwarding a request cannot fail");
     result
+}
+
+fn hca_config(args: &DeviceArgs) -> Mlx5Config {
+    Mlx5Config {
+        function: match args.function {
+            HcaFunction::Pf => FunctionKind::Pf,
+            HcaFunction::Vf => FunctionKind::Vf,
+        },
+        workers: args.workers as usize,
+        ..Mlx5Config::default()
+    }
 }
 
 fn config(args: &DeviceArgs) -> GruConfig {

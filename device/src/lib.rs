@@ -15,6 +15,8 @@ pub mod faults;
 #[cfg(not(loom))]
 pub mod gru;
 #[cfg(not(loom))]
+pub mod mlx5;
+#[cfg(not(loom))]
 pub mod model;
 #[cfg(not(loom))]
 pub mod pci;
