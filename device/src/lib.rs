@@ -23,3 +23,5 @@ pub mod pci;
 #[cfg(not(loom))]
 pub mod server;
 mod sync;
+#[cfg(not(loom))]
+pub mod transport;

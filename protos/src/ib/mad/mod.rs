@@ -1,0 +1,1 @@
+//! Management datagrams (section 13.4).
