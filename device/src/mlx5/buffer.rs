@@ -19,12 +19,7 @@ pub(super) struct Buffer {
 impl Buffer {
     /// A queue of `len` bytes. `addresses` are big-endian words; `log_page_size` counts from 4 KiB, `page_offset` in
     /// pages / 64. `None` when the list is too short or the page is no page.
-    pub(super) fn parse(
-        addresses: &[u8],
-        log_page_size: u32,
-        page_offset: u32,
-        len: u64,
-    ) -> Option<Self> {
+    pub(super) fn parse(addresses: &[u8], log_page_size: u32, page_offset: u32, len: u64) -> Option<Self> {
         let shift = log_page_size + 12;
         if shift > 31 || len == 0 || len > LIMIT {
             return None;
@@ -43,21 +38,23 @@ impl Buffer {
         })
     }
 
-    /// Bytes.
-    pub(super) fn len(&self) -> u64 {
-        self.len
-    }
-
     /// The IOVA of `offset`, and how many bytes follow it in its page.
     ///
     /// # Panics
     /// When `offset` is not inside.
     pub(super) fn at(&self, offset: u64) -> (u64, u64) {
-        assert!(offset < self.len, "byte {offset:#x} of a queue of {:#x}", self.len);
+        assert!(
+            offset < self.len,
+            "byte {offset:#x} of a queue of {:#x}",
+            self.len
+        );
         let place = self.offset + offset;
         let page = 1u64 << self.shift;
         let within = place & (page - 1);
-        (self.pages[(place >> self.shift) as usize].wrapping_add(within), page - within)
+        (
+            self.pages[(place >> self.shift) as usize].wrapping_add(within),
+            page - within,
+        )
     }
 
     /// Copy out.

@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use protos::mlx5::cmd::{
-    self, Delivery, ENTRIES, ENTRY_OUTPUT, ENTRY_STATUS_OWN, Entry, INLINE, MAILBOX_DATA, MAILBOX_NEXT, Mailbox,
+    self, Delivery, ENTRIES, ENTRY_OUTPUT, ENTRY_STATUS_OWN, Entry, INLINE, MAILBOX_DATA, MAILBOX_NEXT,
+    Mailbox,
 };
 use protos::mlx5::eq::{Eqe, Event};
 

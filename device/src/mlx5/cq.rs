@@ -113,7 +113,13 @@ impl Cq {
     }
 
     /// Writes a completion and, if the queue is armed for it, an event.
-    pub(super) fn post(&self, port: &mut Port, interrupts: &Interrupts, cqe: &Cqe, solicited: bool) -> Posted {
+    pub(super) fn post(
+        &self,
+        port: &mut Port,
+        interrupts: &Interrupts,
+        cqe: &Cqe,
+        solicited: bool,
+    ) -> Posted {
         let mut state = self.state();
         if self.destroyed.load(Ordering::SeqCst) || state.overflow {
             return Posted::Yes;

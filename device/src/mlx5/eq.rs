@@ -92,7 +92,11 @@ impl Eq {
             let mut door = self.door();
             door.lost += 1;
             if door.lost.is_power_of_two() {
-                tracing::warn!(eqn = self.eqn, lost = door.lost, "an event queue is full; events are lost");
+                tracing::warn!(
+                    eqn = self.eqn,
+                    lost = door.lost,
+                    "an event queue is full; events are lost"
+                );
             }
             return;
         }

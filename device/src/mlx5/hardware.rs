@@ -11,7 +11,7 @@ use super::commands::{self, Execution};
 use super::cq::Cq;
 use super::eq::Eq;
 use super::iseg::InitSegment;
-use super::mad::PortView;
+use super::mad::{self, PortView};
 use super::memory::Port;
 use super::mkey::Mkeys;
 use super::shard::Shard;
@@ -19,9 +19,9 @@ use super::srq::Srq;
 use super::uar::Doorbell;
 use super::{Mlx5Config, cmdq};
 use crate::atc::Atc;
-use crate::dma;
 use crate::model::ModelContext;
 use crate::pci::Interrupts;
+use crate::transport::Time;
 
 /// An HCA.
 ///
@@ -31,7 +31,6 @@ use crate::pci::Interrupts;
 #[derive(Debug)]
 pub(super) struct Hca {
     pub(super) config: Mlx5Config,
-    pub(super) dma: Arc<dma::Space>,
     pub(super) interrupts: Arc<Interrupts>,
     pub(super) atc: Arc<Atc>,
     pub(super) iseg: InitSegment,
@@ -44,6 +43,8 @@ pub(super) struct Hca {
     doors: Box<[AtomicU32]>,
     /// First half of a CQ arm that came in two stores, by UAR page.
     arm_halves: Box<[AtomicU32]>,
+    /// What the driver says that it can do on the port (PortInfo's capability mask).
+    pub(super) port_capabilities: AtomicU32,
     pub(super) counters: Counters,
 }
 
@@ -114,7 +115,6 @@ impl Hca {
         Self {
             execution: Mutex::new(Execution::new(&config)),
             config,
-            dma: context.dma,
             interrupts: context.interrupts,
             atc,
             iseg: InitSegment::new(),
@@ -124,8 +124,14 @@ impl Hca {
             shards,
             doors: words(1 << commands::LOG_MAX_QP),
             arm_halves: words(pci::END_UAR),
+            port_capabilities: AtomicU32::new(mad::CAPABILITIES),
             counters: Counters::default(),
         }
+    }
+
+    /// The transport's clock.
+    pub(super) fn now(&self) -> Time {
+        Time(self.iseg.ticks())
     }
 
     /// Where a queue pair's doorbells come; 0: nowhere.
@@ -151,6 +157,7 @@ impl Hca {
             sm_lid: 1,
             state: 4,
             device_id: pci::DEVICE_PF,
+            capabilities: self.port_capabilities.load(Ordering::SeqCst),
             description: "tlbridge HCA".into(),
         }
     }
@@ -159,7 +166,11 @@ impl Hca {
     pub(super) fn dump(&self) -> serde_json::Value {
         const MOST: usize = 64;
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let qps: Vec<_> = self.shards.iter().flat_map(|shard| shard.describe(MOST)).collect();
+        let qps: Vec<_> = self
+            .shards
+            .iter()
+            .flat_map(|shard| shard.describe(MOST))
+            .collect();
         serde_json::json!({
             "commands": count(&self.counters.commands),
             "commands_failed": count(&self.counters.commands_failed),
@@ -169,6 +180,8 @@ impl Hca {
             "eqs": self.objects.all_eqs().iter().map(|eq| eq.describe()).collect::<Vec<_>>(),
             "cqs": self.objects.all_cqs().iter().map(|cq| cq.describe()).collect::<Vec<_>>(),
             "srqs": self.objects.all_srqs().iter().map(|srq| srq.describe()).collect::<Vec<_>>(),
+            "objects": self.execution().describe(),
+            "transport": self.shards.iter().map(|shard| shard.stats()).collect::<Vec<_>>(),
             "qps": qps,
             "mkeys": self.mkeys.describe(MOST),
             "tlb": self.atc.stats(),
@@ -234,6 +247,7 @@ impl Hca {
         for shard in &self.shards {
             shard.reset();
         }
+        self.port_capabilities.store(mad::CAPABILITIES, Ordering::SeqCst);
         self.objects.clear();
         self.mkeys.clear();
         *execution = Execution::new(&self.config);

@@ -1,5 +1,6 @@
 //! The subnet management agent, as MAD_IFC asks it.
 
+use protos::ib::{Gid, Pkey};
 use protos::mlx5::commands::MAD_SIZE;
 
 /// Offsets in a MAD (IBA 13.4.3, 14.2.1.1).
@@ -18,6 +19,8 @@ const SET: u8 = 0x02;
 const UNSUPPORTED_ATTRIBUTE: u16 = 3 << 2;
 /// Status: the method is not supported.
 const UNSUPPORTED_METHOD: u16 = 2 << 2;
+/// PortInfo's capability mask as it begins: IsSystemImageGUIDSupported.
+pub(super) const CAPABILITIES: u32 = 1 << 11;
 /// GUIDs in one GUIDInfo, P_Keys in one table.
 const GUIDS: usize = 8;
 const PKEYS: usize = 32;
@@ -33,7 +36,24 @@ pub(super) struct PortView {
     /// IB code: 4 = active.
     pub(super) state: u8,
     pub(super) device_id: u16,
+    pub(super) capabilities: u32,
     pub(super) description: String,
+}
+
+impl PortView {
+    /// The GID of that index; there is one.
+    pub(super) fn gid(&self, index: u8) -> Gid {
+        if index == 0 {
+            Gid::new(self.subnet_prefix, self.port_guid)
+        } else {
+            Gid::NONE
+        }
+    }
+
+    /// The P_Key of that index; there is one.
+    pub(super) fn pkey(&self, index: u32) -> Pkey {
+        if index == 0 { Pkey::DEFAULT } else { Pkey(0) }
+    }
 }
 
 /// Answers a MAD for the port.
@@ -78,7 +98,10 @@ fn fill(port: &PortView, attribute: u16, modifier: u32, data: &mut [u8]) -> bool
             put(28, &(PKEYS as u16).to_be_bytes());
             put(30, &port.device_id.to_be_bytes());
             put(32, &0u32.to_be_bytes());
-            put(36, &(1u32 << 24 | u32::from(protos::mlx5::pci::VENDOR)).to_be_bytes());
+            put(
+                36,
+                &(1u32 << 24 | u32::from(protos::mlx5::pci::VENDOR)).to_be_bytes(),
+            );
         }
         // GUIDInfo (IBA 14.2.5.5).
         0x0014 => {
@@ -91,8 +114,7 @@ fn fill(port: &PortView, attribute: u16, modifier: u32, data: &mut [u8]) -> bool
             put(8, &port.subnet_prefix.to_be_bytes());
             put(16, &port.lid.to_be_bytes());
             put(18, &port.sm_lid.to_be_bytes());
-            // IsTrapSupported, IsAutomaticMigrationSupported are not; IsSystemImageGUIDSupported is.
-            put(20, &(1u32 << 11).to_be_bytes());
+            put(20, &port.capabilities.to_be_bytes());
             put(28, &[1]);
             // Width 4x, enabled, supported, active.
             put(29, &[2, 2, 2]);
@@ -128,6 +150,7 @@ mod tests {
             sm_lid: 1,
             state: 4,
             device_id: 0x1017,
+            capabilities: CAPABILITIES,
             description: "tlbridge".into(),
         }
     }
@@ -152,10 +175,16 @@ mod tests {
     #[test]
     fn test_agent_when_asked_for_what_it_has_not_says_so() {
         let mad = get(0x7777, 0);
-        assert_eq!(u16::from_be_bytes([mad[STATUS], mad[STATUS + 1]]), UNSUPPORTED_ATTRIBUTE);
+        assert_eq!(
+            u16::from_be_bytes([mad[STATUS], mad[STATUS + 1]]),
+            UNSUPPORTED_ATTRIBUTE
+        );
         let mut set = [0; MAD_SIZE];
         set[METHOD] = 5;
         let mad = answer(&port(), &set);
-        assert_eq!(u16::from_be_bytes([mad[STATUS], mad[STATUS + 1]]), UNSUPPORTED_METHOD);
+        assert_eq!(
+            u16::from_be_bytes([mad[STATUS], mad[STATUS + 1]]),
+            UNSUPPORTED_METHOD
+        );
     }
 }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use zerocopy::{FromBytes, FromZeros, IntoBytes};
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::atc::{Access, Engine, Fill, FillRefused, Guard, PageSize, SpaceId};
 use crate::dma::{self, DmaError};

@@ -8,7 +8,7 @@ use protos::mlx5::Layout;
 use protos::mlx5::mkey::{ANY_QP, AccessMode, Klm, MTT_ADDRESS, MTT_READ, MTT_WRITE, Mkc};
 
 use super::numbers::Numbers;
-use crate::atc::{Access, Atc, Purge, SpaceId};
+use crate::atc::{Atc, Purge, SpaceId};
 
 /// The key of nothing: it is in no table.
 pub(super) const NULL_MKEY: u32 = 2 << 8;
@@ -307,10 +307,7 @@ impl Mkeys {
             },
             _ => return Err(Refused::Parameter),
         };
-        let paged = matches!(
-            table,
-            Table::Pages(_) | Table::Keys { fixed: true, .. }
-        );
+        let paged = matches!(table, Table::Pages(_) | Table::Keys { fixed: true, .. });
         if paged && !context.is_set(Mkc::FREE) && !(12..=40).contains(&page) {
             return Err(Refused::Parameter);
         }
@@ -348,11 +345,7 @@ impl Mkeys {
             table.remove(&index).ok_or(Refused::Unknown)?
         };
         atc.purge(Purge::Space(removed.space));
-        let len = removed
-            .table
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .len();
+        let len = removed.table.read().unwrap_or_else(PoisonError::into_inner).len();
         self.translations.fetch_sub(len, Ordering::SeqCst);
         self.numbers().give_back(index);
         Ok(())
@@ -377,9 +370,4 @@ pub(super) fn pieces(bytes: &[u8]) -> Vec<Klm> {
         .iter()
         .map(|piece| Klm::read_from_bytes(piece).expect("sixteen bytes"))
         .collect()
-}
-
-/// What an access needs to be in a page's entry.
-pub(super) fn writes(access: Access) -> bool {
-    access == Access::Write
 }

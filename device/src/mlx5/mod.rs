@@ -11,6 +11,7 @@
 //! UMR, memory windows, on-demand paging, CQ moderation and resize, BlueFlame, DC, DevX, device memory, signature,
 //! Ethernet ports, more than one port. None of that is advertised.
 
+mod access;
 mod buffer;
 mod cmdq;
 mod commands;
@@ -18,14 +19,17 @@ mod cq;
 mod eq;
 mod hardware;
 mod iseg;
+mod link;
 mod mad;
 mod memory;
 mod mkey;
 mod numbers;
+mod owner;
 mod qp;
 mod shard;
 mod srq;
 mod uar;
+mod wqe;
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -114,7 +118,9 @@ impl Mlx5 {
             ticket,
             dma: Arc::clone(&context.dma),
         };
-        let shards = (0..config.workers).map(|index| Shard::new(port(index))).collect();
+        let shards = (0..config.workers)
+            .map(|index| Shard::new(index, port(index)))
+            .collect();
         let commands = port(config.workers);
         let hca = Arc::new(Hca::new(config, context, atc, shards));
         let mlx5 = Arc::new(Self {
@@ -123,7 +129,9 @@ impl Mlx5 {
         });
         for index in 0..mlx5.hca.shards.len() {
             let hca = Arc::clone(&mlx5.hca);
-            mlx5.start(format!("mlx5-worker-{index}"), move || hca.shards[index].run(&hca))?;
+            mlx5.start(format!("mlx5-worker-{index}"), move || {
+                hca.shards[index].run(&hca)
+            })?;
         }
         let hca = Arc::clone(&mlx5.hca);
         mlx5.start("mlx5-commands".into(), move || cmdq::run(&hca, commands))?;

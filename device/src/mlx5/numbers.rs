@@ -29,7 +29,11 @@ impl Numbers {
         }
         loop {
             let number = self.next;
-            self.next = if number + 1 == self.end { self.first } else { number + 1 };
+            self.next = if number + 1 == self.end {
+                self.first
+            } else {
+                number + 1
+            };
             if self.taken.insert(number) {
                 return Some(number);
             }
@@ -62,7 +66,10 @@ mod tests {
     #[test]
     fn test_numbers_when_all_are_taken_are_refused_until_one_comes_back() {
         let mut numbers = Numbers::new(3, 6);
-        assert_eq!([numbers.take(), numbers.take(), numbers.take()], [Some(3), Some(4), Some(5)]);
+        assert_eq!(
+            [numbers.take(), numbers.take(), numbers.take()],
+            [Some(3), Some(4), Some(5)]
+        );
         assert_eq!(numbers.take(), None);
         assert!(numbers.give_back(4));
         assert!(!numbers.give_back(4));

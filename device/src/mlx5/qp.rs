@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use protos::ib::{Gid, Lid, Mtu, Psn, Qkey, Qpn};
 use protos::mlx5::Layout;
 use protos::mlx5::cmd::Opcode;
 use protos::mlx5::qp::{Ads, PRIMARY_PATH, Qpc, ReceiveQueue, SECONDARY_PATH, ServiceType, State, opt};
@@ -9,7 +10,10 @@ use protos::mlx5::wqe;
 
 use super::buffer::Buffer;
 use super::cq::Cq;
+use super::mad::PortView;
 use super::srq::Srq;
+use super::wqe::Parsed;
+use crate::transport::{Attributes, Global, Path};
 
 /// A queue pair, in its shard.
 #[derive(Debug)]
@@ -29,6 +33,19 @@ pub(super) struct Qp {
     pub(super) received: u16,
     /// Send blocks that have been completed.
     pub(super) sent: u16,
+    /// Send blocks posted, when the doorbell record was last read.
+    pub(super) posted: u16,
+    /// The send WQE that was read last.
+    pub(super) wqe: LoadedWqe,
+}
+
+/// A send WQE, taken out of its queue.
+#[derive(Debug, Default)]
+pub(super) struct LoadedWqe {
+    /// Which; `None`: none.
+    pub(super) index: Option<u32>,
+    pub(super) bytes: Vec<u8>,
+    pub(super) parsed: Option<Parsed>,
 }
 
 /// The work queues' memory.
@@ -77,6 +94,64 @@ impl Queues {
 }
 
 impl Qp {
+    /// As after RESET: queues begin again.
+    pub(super) fn rewind(&mut self) {
+        self.received = 0;
+        self.sent = 0;
+        self.posted = 0;
+        self.wqe.index = None;
+    }
+
+    /// What the transport is told of a transition that has been merged.
+    pub(super) fn attributes(&self, changes: Changes, port: &PortView) -> Attributes {
+        let (context, path) = (&self.context, self.path());
+        let get = |field| context.get(field);
+        let has = |bit: u32| changes.mask & bit != 0;
+        let code = |field| get(field) as u8;
+        let mut attributes = Attributes::default();
+        if changes.initial || changes.path || has(opt::PRIMARY_PATH) {
+            attributes.path = Some(way(&path, port));
+        }
+        if changes.initial || has(opt::PKEY_INDEX) {
+            attributes.pkey = Some(port.pkey(path.get(Ads::PKEY_INDEX)));
+            attributes.block_loopback = Some(context.is_set(Qpc::BLOCK_LB_MC));
+        }
+        if has(opt::Q_KEY) {
+            attributes.qkey = Some(Qkey(get(Qpc::Q_KEY)));
+        }
+        attributes.deth_source = match get(Qpc::DETH_SQPN) {
+            0 => None,
+            number => Some(Qpn::new(number)),
+        };
+        if changes.responder {
+            attributes.mtu = Mtu::from_code(code(Qpc::MTU));
+            attributes.dest = Some(Qpn::new(get(Qpc::REMOTE_QPN)));
+            attributes.receive_psn = Some(Psn::new(get(Qpc::NEXT_RCV_PSN)));
+        }
+        if has(opt::RNR_TIMEOUT) {
+            attributes.min_rnr_timer = Some(code(Qpc::MIN_RNR_NAK));
+        }
+        if has(opt::RRA_MAX) {
+            attributes.max_responded = Some(1 << get(Qpc::LOG_RRA_MAX));
+        }
+        if changes.requester {
+            attributes.send_psn = Some(Psn::new(get(Qpc::NEXT_SEND_PSN)));
+        }
+        if has(opt::SRA_MAX) {
+            attributes.max_initiated = Some(1 << get(Qpc::LOG_SRA_MAX));
+        }
+        if has(opt::RETRY_COUNT) {
+            attributes.retry_count = Some(code(Qpc::RETRY_COUNT));
+        }
+        if has(opt::RNR_RETRY) {
+            attributes.rnr_retry = Some(code(Qpc::RNR_RETRY));
+        }
+        if has(opt::ACK_TIMEOUT) {
+            attributes.timeout = Some(path.get(Ads::ACK_TIMEOUT) as u8);
+        }
+        attributes
+    }
+
     pub(super) fn state(&self) -> State {
         State(self.context.get(Qpc::STATE) as u8)
     }
@@ -92,6 +167,26 @@ impl Qp {
             "receive_cq": self.receive_cq.as_ref().map(|cq| cq.cqn), "srq": self.srq.as_ref().map(|srq| srq.srqn),
             "sent_blocks": self.sent, "received": self.received,
         })
+    }
+}
+
+/// The way that an address path names.
+fn way(path: &Ads, port: &PortView) -> Path {
+    let mut dgid = [0; 16];
+    dgid[..8].copy_from_slice(&path.wide(Ads::RGID_H).to_be_bytes());
+    dgid[8..].copy_from_slice(&path.wide(Ads::RGID_L).to_be_bytes());
+    Path {
+        port: 1,
+        slid: Lid(port.lid | (path.get(Ads::MLID) as u16)),
+        dlid: Lid(path.get(Ads::RLID) as u16),
+        sl: path.get(Ads::SL) as u8,
+        global: path.is_set(Ads::GRH).then(|| Global {
+            sgid: port.gid(path.get(Ads::SRC_ADDR_INDEX) as u8),
+            dgid: Gid(dgid),
+            flow_label: path.get(Ads::FLOW_LABEL),
+            traffic_class: path.get(Ads::TCLASS) as u8,
+            hop_limit: path.get(Ads::HOP_LIMIT) as u8,
+        }),
     }
 }
 
@@ -191,15 +286,13 @@ pub(super) fn merge(context: &mut Qpc, given: &Qpc, changes: Changes) {
         }
     };
     let has = |bit: u32| changes.mask & bit != 0;
-    take(changes.initial, &[Qpc::PD, Qpc::CQN_SEND, Qpc::CQN_RECEIVE, Qpc::RLKY]);
+    take(
+        changes.initial,
+        &[Qpc::PD, Qpc::CQN_SEND, Qpc::CQN_RECEIVE, Qpc::RLKY],
+    );
     take(
         changes.responder,
-        &[
-            Qpc::MTU,
-            Qpc::LOG_MSG_MAX,
-            Qpc::REMOTE_QPN,
-            Qpc::NEXT_RCV_PSN,
-        ],
+        &[Qpc::MTU, Qpc::LOG_MSG_MAX, Qpc::REMOTE_QPN, Qpc::NEXT_RCV_PSN],
     );
     take(changes.requester, &[Qpc::NEXT_SEND_PSN, Qpc::LOG_ACK_REQ_FREQ]);
     take(has(opt::RRE), &[Qpc::RRE]);
@@ -275,9 +368,14 @@ mod tests {
         );
         merge(&mut context, &init, changes(Opcode::RST2INIT_QP, 0));
         assert_eq!((context.get(Qpc::PD), context.get(Qpc::RRE)), (7, 1));
-        assert_eq!((path(&context).get(Ads::PORT), path(&context).get(Ads::RLID)), (1, 0));
+        assert_eq!(
+            (path(&context).get(Ads::PORT), path(&context).get(Ads::RLID)),
+            (1, 0)
+        );
         let rtr = with_path(
-            Qpc::zeroed().with(Qpc::REMOTE_QPN, 0x55).with(Qpc::NEXT_RCV_PSN, 4),
+            Qpc::zeroed()
+                .with(Qpc::REMOTE_QPN, 0x55)
+                .with(Qpc::NEXT_RCV_PSN, 4),
             &Ads::zeroed().with(Ads::RLID, 12).with(Ads::PORT, 5),
         );
         merge(&mut context, &rtr, changes(Opcode::INIT2RTR_QP, 0));
@@ -295,7 +393,13 @@ mod tests {
             &Ads::zeroed().with(Ads::ACK_TIMEOUT, 14),
         );
         merge(&mut context, &rts, changes(Opcode::RTR2RTS_QP, opt::RWE));
-        assert_eq!((path(&context).get(Ads::ACK_TIMEOUT), path(&context).get(Ads::RLID)), (14, 12));
+        assert_eq!(
+            (
+                path(&context).get(Ads::ACK_TIMEOUT),
+                path(&context).get(Ads::RLID)
+            ),
+            (14, 12)
+        );
         assert_eq!((context.get(Qpc::REMOTE_QPN), context.get(Qpc::RWE)), (0x55, 1));
     }
 }

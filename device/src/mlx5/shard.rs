@@ -1,16 +1,21 @@
 //! Queue pairs, and the worker thread that runs them. A queue pair belongs to the shard that its number names.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use protos::ib::{Gid, Qpn, ServiceType as Service};
 use protos::mlx5::Layout;
 use protos::mlx5::cmd::{Opcode, Status};
-use protos::mlx5::qp::{Qpc, State as QpState};
+use protos::mlx5::qp::{Qpc, ServiceType, State as QpState};
 
 use super::hardware::Hca;
+use super::link::{Arrivals, Loopback};
 use super::memory::Port;
+use super::owner::{Qps, ShardOwner};
 use super::qp::{Changes, Qp, merge, transition};
+use crate::transport::{Settings, State as TransportState, Transport};
 
 /// What the thread that serves the client, and the fabric, tell a worker.
 #[derive(Debug, Default)]
@@ -85,7 +90,11 @@ impl Inbox {
 /// A share of the queue pairs.
 #[derive(Debug)]
 pub(super) struct Shard {
-    pub(super) inbox: std::sync::Arc<Inbox>,
+    number: usize,
+    pub(super) inbox: Inbox,
+    pub(super) arrivals: Arrivals,
+    /// Commands that wait for `state`: the worker lets them in.
+    visitors: AtomicU32,
     state: Mutex<State>,
 }
 
@@ -93,21 +102,64 @@ pub(super) struct Shard {
 #[derive(Debug)]
 struct State {
     port: Port,
-    qps: HashMap<u32, Qp>,
+    transport: Transport,
+    /// By number; what is found is a place in `qps`.
+    keys: HashMap<u32, u32>,
+    qps: Qps,
+}
+
+impl State {
+    fn key(&self, qpn: u32) -> Result<usize, Status> {
+        let key = self.keys.get(&qpn).ok_or(Status::BAD_RESOURCE)?;
+        Ok(*key as usize)
+    }
+
+    fn qp(&mut self, qpn: u32) -> Result<&mut Qp, Status> {
+        let key = self.key(qpn)?;
+        Ok(self.qps[key].as_deref_mut().expect("a number that is known"))
+    }
+
+    /// The transport, and what it asks.
+    fn parts<'a>(&'a mut self, hca: &'a Hca) -> (&'a mut Transport, ShardOwner<'a>) {
+        let owner = ShardOwner {
+            hca,
+            port: &mut self.port,
+            qps: &mut self.qps,
+        };
+        (&mut self.transport, owner)
+    }
 }
 
 impl Shard {
-    pub(super) fn new(port: Port) -> Self {
+    pub(super) fn new(number: usize, port: Port) -> Self {
         Self {
-            inbox: std::sync::Arc::default(),
+            number,
+            inbox: Inbox::default(),
+            arrivals: Arrivals::default(),
+            visitors: AtomicU32::new(0),
             state: Mutex::new(State {
                 port,
-                qps: HashMap::new(),
+                transport: Transport::default(),
+                keys: HashMap::new(),
+                qps: Vec::new(),
             }),
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    /// For commands.
+    fn visit(&self) -> MutexGuard<'_, State> {
+        self.visitors.fetch_add(1, Ordering::SeqCst);
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        self.visitors.fetch_sub(1, Ordering::SeqCst);
+        state
+    }
+
+    /// For the worker.
+    fn enter(&self) -> MutexGuard<'_, State> {
+        // A mutex goes to whoever comes by, and the worker comes by all the time.
+        while self.visitors.load(Ordering::SeqCst) > 0 {
+            std::thread::yield_now();
+        }
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -132,8 +184,11 @@ impl Shard {
 
     /// No queue pairs; the worker touches nothing of before.
     pub(super) fn reset(&self) {
-        let mut state = self.state();
+        let mut state = self.visit();
+        state.transport = Transport::default();
+        state.keys.clear();
         state.qps.clear();
+        self.arrivals.clear();
         let mut letters = self.inbox.letters();
         letters.rings.clear();
         letters.arms.clear();
@@ -143,40 +198,93 @@ impl Shard {
     pub(super) fn run(&self, hca: &Hca) {
         let mut limit = None;
         while let Some(mail) = self.inbox.take(limit) {
-            let mut state = self.state();
+            let mut state = self.enter();
             for (cqn, word) in mail.arms {
                 if let Some(cq) = hca.objects.cq(cqn) {
                     cq.arm(&mut state.port, &hca.interrupts, word);
                 }
             }
-            limit = None;
-            let _ = mail.rings;
+            let (transport, mut owner) = state.parts(hca);
+            for qpn in mail.rings {
+                transport.ring(Qpn::new(qpn));
+            }
+            let mut link = Loopback {
+                hca,
+                shard: self.number,
+            };
+            let poll = transport.poll(hca.now(), &mut owner, &mut link);
+            limit = if poll.again {
+                Some(Duration::ZERO)
+            } else {
+                transport.poll_at().map(|at| hca.now().until(at))
+            };
         }
     }
 
     pub(super) fn has(&self, qpn: u32) -> bool {
-        self.state().qps.contains_key(&qpn)
+        self.visit().keys.contains_key(&qpn)
     }
 
     /// CREATE_QP.
-    pub(super) fn create(&self, hca: &Hca, qp: Qp) -> Result<(), Status> {
-        hca.set_door(qp.qpn, qp.uar_page);
-        self.state().qps.insert(qp.qpn, qp);
+    pub(super) fn create(&self, hca: &Hca, qp: Box<Qp>) -> Result<(), Status> {
+        let mut state = self.visit();
+        let key = match state.qps.iter().position(Option::is_none) {
+            Some(key) => key,
+            None => {
+                state.qps.push(None);
+                state.qps.len() - 1
+            }
+        };
+        let qpn = qp.qpn;
+        let settings = Settings {
+            service: match qp.service {
+                ServiceType::UC => Service::Uc,
+                ServiceType::UD | ServiceType::QP0 | ServiceType::QP1 => Service::Ud,
+                ServiceType::XRC => Service::Xrc,
+                // Of a REG_UMR queue pair nothing ever reaches the wire.
+                _ => Service::Rc,
+            },
+            key: key as u32,
+            shared_receive: qp.srq.is_some() || qp.service == ServiceType::XRC,
+        };
+        state
+            .transport
+            .create(Qpn::new(qpn), &settings)
+            .map_err(|_| Status::NO_RESOURCE)?;
+        hca.set_door(qpn, qp.uar_page);
+        state.keys.insert(qpn, key as u32);
+        state.qps[key] = Some(qp);
         Ok(())
     }
 
-    /// DESTROY_QP.
+    /// DESTROY_QP: nothing of it is touched any more when this returns.
     pub(super) fn destroy(&self, hca: &Hca, qpn: u32) -> Result<(), Status> {
         hca.set_door(qpn, 0);
-        self.state().qps.remove(&qpn).ok_or(Status::BAD_RESOURCE)?;
+        let mut state = self.visit();
+        let key = state.key(qpn)?;
+        state
+            .transport
+            .destroy(Qpn::new(qpn))
+            .map_err(|_| Status::BAD_RESOURCE)?;
+        state.keys.remove(&qpn);
+        state.qps[key] = None;
         Ok(())
     }
 
     /// QUERY_QP.
     pub(super) fn query(&self, qpn: u32) -> Result<Qpc, Status> {
-        let state = self.state();
-        let qp = state.qps.get(&qpn).ok_or(Status::BAD_RESOURCE)?;
-        Ok(qp.context.clone())
+        let mut state = self.visit();
+        let status = state.transport.status(Qpn::new(qpn));
+        let status = status.ok_or(Status::BAD_RESOURCE)?;
+        let qp = state.qp(qpn)?;
+        Ok(qp
+            .context
+            .clone()
+            .with(Qpc::STATE, u32::from(state_code(status.state).0))
+            .with(Qpc::NEXT_SEND_PSN, status.next_send_psn.get())
+            .with(Qpc::NEXT_RCV_PSN, status.next_receive_psn.get())
+            .with(Qpc::HW_SQ_COUNTER, u32::from(qp.sent))
+            .with(Qpc::HW_RQ_COUNTER, u32::from(qp.received)))
     }
 
     /// A transition.
@@ -188,31 +296,89 @@ impl Shard {
         given: &Qpc,
         changes: Changes,
     ) -> Result<(), Status> {
-        let _ = hca;
         let (from, to) = transition(opcode).ok_or(Status::BAD_OP)?;
-        let mut state = self.state();
-        let qp = state.qps.get_mut(&qpn).ok_or(Status::BAD_RESOURCE)?;
-        if !from.contains(&qp.state()) {
+        let mut state = self.visit();
+        let now = state
+            .transport
+            .status(Qpn::new(qpn))
+            .ok_or(Status::BAD_RESOURCE)?;
+        if !from.contains(&state_code(now.state)) {
             return Err(Status::BAD_QP_STATE);
         }
+        let qp = state.qp(qpn)?;
         merge(&mut qp.context, given, changes);
+        if changes.initial {
+            qp.pd = qp.context.get(Qpc::PD);
+            let cq = |number| hca.objects.cq(number);
+            qp.send_cq = cq(qp.context.get(Qpc::CQN_SEND));
+            qp.receive_cq = cq(qp.context.get(Qpc::CQN_RECEIVE));
+        }
+        let attributes = qp.attributes(changes, &hca.port_view());
         qp.context.set(Qpc::STATE, u32::from(to.0));
         if to == QpState::RST {
-            qp.received = 0;
-            qp.sent = 0;
+            qp.rewind();
         }
+        let target = match to {
+            QpState::RST => TransportState::Reset,
+            QpState::INIT => TransportState::Init,
+            QpState::RTR => TransportState::Rtr,
+            QpState::RTS => TransportState::Rts,
+            _ => TransportState::Error,
+        };
+        let (transport, mut owner) = state.parts(hca);
+        transport
+            .modify(Qpn::new(qpn), target, &attributes, &mut owner)
+            .map_err(|error| {
+                tracing::debug!(qpn, %error, "a transition was refused");
+                Status::BAD_QP_STATE
+            })?;
+        // What became possible is the worker's to do.
+        self.inbox.wake();
         Ok(())
     }
 
     /// Attaches to a multicast group, or detaches.
     pub(super) fn multicast(&self, qpn: u32, gid: [u8; 16], attach: bool) -> Result<(), Status> {
-        let state = self.state();
-        state.qps.get(&qpn).ok_or(Status::BAD_RESOURCE)?;
-        let _ = (gid, attach);
-        Ok(())
+        let mut state = self.visit();
+        let (qpn, gid) = (Qpn::new(qpn), Gid(gid));
+        let result = if attach {
+            state.transport.attach(qpn, gid)
+        } else {
+            state.transport.detach(qpn, gid)
+        };
+        result.map_err(|_| Status::BAD_RESOURCE)
     }
 
     pub(super) fn describe(&self, max: usize) -> Vec<serde_json::Value> {
-        self.state().qps.values().take(max).map(Qp::describe).collect()
+        let state = self.visit();
+        state
+            .qps
+            .iter()
+            .flatten()
+            .take(max)
+            .map(|qp| {
+                let mut json = qp.describe();
+                json["transport"] = serde_json::json!(state.transport.status(Qpn::new(qp.qpn)));
+                json
+            })
+            .collect()
+    }
+
+    /// The transport's counters.
+    pub(super) fn stats(&self) -> serde_json::Value {
+        serde_json::json!(self.visit().transport.stats())
+    }
+}
+
+/// The driver's code of a state.
+fn state_code(state: TransportState) -> QpState {
+    match state {
+        TransportState::Reset => QpState::RST,
+        TransportState::Init => QpState::INIT,
+        TransportState::Rtr => QpState::RTR,
+        TransportState::Rts => QpState::RTS,
+        TransportState::Sqd => QpState::SQD,
+        TransportState::Sqe => QpState::SQER,
+        TransportState::Error => QpState::ERR,
     }
 }

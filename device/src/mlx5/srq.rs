@@ -118,7 +118,8 @@ impl Srq {
         let mask = (1u32 << self.log_size) - 1;
         let index = state.head & mask as u16;
         let mut next = [0; size_of::<NextSegment>()];
-        self.buffer.read(port, u64::from(index) << self.stride, &mut next)?;
+        self.buffer
+            .read(port, u64::from(index) << self.stride, &mut next)?;
         state.head = u16::from_be_bytes([next[2], next[3]]) & mask as u16;
         state.consumed = state.consumed.wrapping_add(1);
         let limit_reached = state.limit != 0 && available - 1 < state.limit;

@@ -42,7 +42,9 @@ pub(super) fn decode(offset: u64, data: &[u8]) -> Option<Doorbell> {
             cqn: first & 0xff_ffff,
         }),
         // The QP number is in the second word; without it the store is the first half of two.
-        reg::SQ..reg::SQ_END if offset.is_multiple_of(8) => second.map(|second| Doorbell::Send { qpn: second >> 8 }),
+        reg::SQ..reg::SQ_END if offset.is_multiple_of(8) => {
+            second.map(|second| Doorbell::Send { qpn: second >> 8 })
+        }
         reg::SQ..reg::SQ_END if offset.is_multiple_of(4) => Some(Doorbell::Send { qpn: first >> 8 }),
         _ => None,
     }

@@ -17,7 +17,7 @@ pub const PAGES: usize = 0x110;
 /// Bytes of a MAD.
 pub const MAD_SIZE: usize = 256;
 /// Bytes of an access register that this device answers at most.
-pub const REGISTER: usize = 0x10;
+pub const REGISTER: usize = 0x20;
 
 layout! {
     /// What every input begins with.
@@ -160,6 +160,12 @@ layout! {
         ARGUMENT = bits(0x0c, 0, 32),
     }
 }
+/// ACCESS_REG, op_mod: write. (1: read.)
+pub const REGISTER_WRITE: u16 = 0;
+/// [`AccessRegister::ID`]: capabilities of a port.
+pub const REGISTER_PCAP: u32 = 0x5001;
+/// Offset of the capability mask in that register.
+pub const PCAP_MASK: usize = 4;
 /// [`AccessRegister::ID`]: the host's byte order.
 pub const REGISTER_HOST_ENDIANNESS: u32 = 0x7004;
 

@@ -204,11 +204,7 @@ macro_rules! layout {
 pub(crate) use layout;
 
 /// Fields that are not 0.
-pub(crate) fn show<T: Layout>(
-    name: &str,
-    value: &T,
-    f: &mut std::fmt::Formatter<'_>,
-) -> std::fmt::Result {
+pub(crate) fn show<T: Layout>(name: &str, value: &T, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
     let mut out = f.debug_struct(name);
     for field in T::FIELDS {
         let bytes = &value.as_bytes()[field.byte..];

@@ -135,10 +135,7 @@ fn test_contexts_when_fields_are_set_have_the_bytes_of_the_reference() {
         .with(Mkc::MODE_LOW, 3)
         .with(Mkc::KEY, 0x5a)
         .with(Mkc::LENGTH64, 1);
-    assert_eq!(
-        (mkc.0[0], mkc.0[2], mkc.0[7], mkc.0[0x0c]),
-        (0x40, 3, 0x5a, 0x80)
-    );
+    assert_eq!((mkc.0[0], mkc.0[2], mkc.0[7], mkc.0[0x0c]), (0x40, 3, 0x5a, 0x80));
     assert_eq!(mkc.mode(), AccessMode::KSM);
 }
 

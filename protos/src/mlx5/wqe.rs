@@ -184,7 +184,8 @@ pub struct AddressVector {
     /// Destination GID.
     pub rgid: [u8; 16],
 }
-const _: () = assert!(size_of::<AddressVector>() == 48 && std::mem::offset_of!(AddressVector, grh_gid_fl) == 28);
+const _: () =
+    assert!(size_of::<AddressVector>() == 48 && std::mem::offset_of!(AddressVector, grh_gid_fl) == 28);
 /// [`AddressVector::dqp`]: the long form.
 pub const AV_EXTENDED: u32 = 1 << 31;
 /// [`AddressVector::grh_gid_fl`]: there is a GRH.

@@ -42,8 +42,6 @@ pub(super) fn query_mkey(hca: &Hca, command: Command<'_>) -> Outcome {
 }
 
 pub(super) fn destroy_mkey(hca: &Hca, command: Command<'_>) -> Outcome {
-    hca.mkeys
-        .destroy(&hca.atc, command.number())
-        .map_err(status)?;
+    hca.mkeys.destroy(&hca.atc, command.number()).map_err(status)?;
     Ok(Reply::empty())
 }

@@ -148,14 +148,26 @@ pub(super) fn execute(
         }
         Err(status) => {
             hca.counters.commands_failed.fetch_add(1, Ordering::Relaxed);
-            tracing::debug!(?opcode, op_mod = command.op_mod(), number = command.number(), ?status, "a command failed");
+            tracing::debug!(
+                ?opcode,
+                op_mod = command.op_mod(),
+                number = command.number(),
+                ?status,
+                "a command failed"
+            );
             let output = Output::zeroed().with(Output::STATUS, u32::from(status.0));
             Reply::of(&output).0
         }
     }
 }
 
-fn run(hca: &Hca, execution: &mut Execution, port: &mut Port, opcode: Opcode, command: Command<'_>) -> Outcome {
+fn run(
+    hca: &Hca,
+    execution: &mut Execution,
+    port: &mut Port,
+    opcode: Opcode,
+    command: Command<'_>,
+) -> Outcome {
     match opcode {
         Opcode::ENABLE_HCA
         | Opcode::DISABLE_HCA
@@ -167,7 +179,7 @@ fn run(hca: &Hca, execution: &mut Execution, port: &mut Port, opcode: Opcode, co
         Opcode::QUERY_PAGES => setup::query_pages(command),
         Opcode::QUERY_ADAPTER => setup::query_adapter(),
         Opcode::QUERY_SPECIAL_CONTEXTS => setup::query_special_contexts(),
-        Opcode::ACCESS_REG => setup::access_register(command),
+        Opcode::ACCESS_REG => setup::access_register(hca, command),
         Opcode::QUERY_HCA_CAP => execution.caps.query(command.op_mod()),
         Opcode::SET_HCA_CAP => execution.caps.set(command.op_mod(), command.rest(0x10)),
         Opcode::ALLOC_PD => setup::allocate(&mut execution.pds),

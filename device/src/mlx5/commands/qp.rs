@@ -8,7 +8,7 @@ use protos::mlx5::qp::{Qpc, ReceiveQueue, ServiceType, State};
 use super::caps::LOG_MAX_QP_SIZE;
 use super::{Command, Execution, Outcome, Reply};
 use crate::mlx5::hardware::Hca;
-use crate::mlx5::qp::{Qp, Queues, changes, transition};
+use crate::mlx5::qp::{LoadedWqe, Qp, Queues, changes, transition};
 
 /// Bytes of QUERY_QP's answer without the pages.
 const QUERY_OUTPUT: usize = 0x110;
@@ -78,9 +78,11 @@ pub(super) fn create(hca: &Hca, execution: &mut Execution, command: Command<'_>)
         queues,
         received: 0,
         sent: 0,
+        posted: 0,
+        wqe: LoadedWqe::default(),
         context,
     };
-    if let Err(status) = hca.shard(qpn).create(hca, qp) {
+    if let Err(status) = hca.shard(qpn).create(hca, Box::new(qp)) {
         execution.qpns.give_back(qpn);
         return Err(status);
     }

@@ -93,10 +93,7 @@ pub(super) fn create_cq(hca: &Hca, execution: &mut Execution, command: Command<'
 }
 
 pub(super) fn query_cq(hca: &Hca, command: Command<'_>) -> Outcome {
-    let cq = hca
-        .objects
-        .cq(command.number())
-        .ok_or(Status::BAD_RESOURCE)?;
+    let cq = hca.objects.cq(command.number()).ok_or(Status::BAD_RESOURCE)?;
     Ok(Reply::empty().with(CONTEXT, &cq.query().0))
 }
 

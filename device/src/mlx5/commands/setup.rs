@@ -1,16 +1,18 @@
 //! Bring-up, and objects that are numbers only.
 
+use std::sync::atomic::Ordering;
+
 use protos::mlx5::Layout;
 use protos::mlx5::cmd::{Opcode, Status};
 use protos::mlx5::commands::{
-    ADAPTER_PSID, AccessRegister, CONTEXT, QueryAdapterOut, QueryIssiOut, QuerySpecialContextsOut,
-    REGISTER_HOST_ENDIANNESS,
+    ADAPTER_PSID, AccessRegister, CONTEXT, PCAP_MASK, QueryAdapterOut, QueryIssiOut, QuerySpecialContextsOut,
+    REGISTER, REGISTER_HOST_ENDIANNESS, REGISTER_PCAP, REGISTER_WRITE,
 };
 
 use super::{Command, Outcome, Reply};
+use crate::mlx5::hardware::Hca;
 use crate::mlx5::mkey::NULL_MKEY;
 use crate::mlx5::numbers::Numbers;
-use protos::mlx5::cmd::Status as S;
 use protos::mlx5::commands::Input;
 
 /// Interface steps 0 and 1.
@@ -41,7 +43,7 @@ pub(super) fn query_issi() -> Outcome {
 pub(super) fn query_pages(command: Command<'_>) -> Outcome {
     match command.op_mod() {
         1..=3 => Ok(Reply::empty()),
-        _ => Err(S::BAD_PARAM),
+        _ => Err(Status::BAD_PARAM),
     }
 }
 
@@ -55,14 +57,27 @@ pub(super) fn query_special_contexts() -> Outcome {
     Ok(Reply::of(&output))
 }
 
-/// The host's byte order is the only register: the answer repeats what was written.
-pub(super) fn access_register(command: Command<'_>) -> Outcome {
+/// Registers: the host's byte order, which is what it is, and the port's capabilities.
+pub(super) fn access_register(hca: &Hca, command: Command<'_>) -> Outcome {
     let register: AccessRegister = command.layout(0)?;
-    if register.get(AccessRegister::ID) != REGISTER_HOST_ENDIANNESS {
-        return Err(Status::BAD_PARAM);
+    let mut data = command.rest(CONTEXT).to_vec();
+    data.truncate(REGISTER);
+    match register.get(AccessRegister::ID) {
+        REGISTER_HOST_ENDIANNESS => {}
+        REGISTER_PCAP => {
+            let mask = data
+                .get_mut(PCAP_MASK..PCAP_MASK + 4)
+                .ok_or(Status::BAD_INPUT_LENGTH)?;
+            if command.op_mod() == REGISTER_WRITE {
+                let wanted = u32::from_be_bytes((&*mask).try_into().expect("four bytes"));
+                hca.port_capabilities.store(wanted, Ordering::SeqCst);
+            } else {
+                mask.copy_from_slice(&hca.port_capabilities.load(Ordering::SeqCst).to_be_bytes());
+            }
+        }
+        _ => return Err(Status::BAD_PARAM),
     }
-    let data = command.rest(CONTEXT);
-    Ok(Reply::empty().with(CONTEXT, &data[..data.len().min(0x10)]))
+    Ok(Reply::empty().with(CONTEXT, &data))
 }
 
 pub(super) fn allocate(numbers: &mut Numbers) -> Outcome {

@@ -29,7 +29,8 @@ pub(super) fn create_rmp(hca: &Hca, execution: &mut Execution, command: Command<
     let context: Rmpc = command.layout(RMP_CONTEXT)?;
     let log_size = context.get(Rmpc::LOG_SIZE);
     let pd = context.get(Rmpc::PD);
-    if log_size > LOG_MAX_SRQ_SIZE || context.is_set(Rmpc::BASIC_CYCLIC) || context.is_set(Rmpc::WQ_SIGNATURE) {
+    if log_size > LOG_MAX_SRQ_SIZE || context.is_set(Rmpc::BASIC_CYCLIC) || context.is_set(Rmpc::WQ_SIGNATURE)
+    {
         return Err(Status::BAD_PARAM);
     }
     if !execution.pds.contains(pd) {
