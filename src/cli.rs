@@ -309,7 +309,10 @@ Examples:
 pub struct VmArgs {
     /// Which device to start and attach.
     #[arg(long, value_enum, required_unless_present = "device")]
-    pub model: Option<ModelName>,
+    pub model: Option<VmModel>,
+    /// What the guest has beside busybox (default: what the model's programs take).
+    #[arg(long, value_enum)]
+    pub guest: Option<GuestKind>,
     /// Attach a device that is served already: its vfio-user socket (repeatable).
     #[arg(long, value_name = "SOCKET")]
     pub device: Vec<PathBuf>,
@@ -319,6 +322,13 @@ pub struct VmArgs {
     /// An argument for `tlbridge device` (repeatable), as in --device-arg=--engines=4.
     #[arg(long, value_name = "ARG", requires = "model", allow_hyphen_values = true)]
     pub device_arg: Vec<std::ffi::OsString>,
+    /// Guests that run at once, each with a device of its own. COMMAND runs in all of them, with GUEST_INDEX (from 0)
+    /// and GUESTS in its environment; its lines have the index before them. --device is dealt out in order.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub guests: u32,
+    /// Which of Debian's kernels.
+    #[arg(long, value_enum, default_value_t = KernelSeries::Stable, conflicts_with = "kernel")]
+    pub kernel_series: KernelSeries,
     /// Boot this kernel instead.
     #[arg(long, value_name = "BZIMAGE")]
     pub kernel: Option<PathBuf>,
@@ -378,6 +388,54 @@ pub struct VmArgs {
     /// What to run.
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<String>,
+}
+
+/// Devices of a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum VmModel {
+    /// No device: a guest for comparison.
+    None,
+    /// SGI's Global Reference Unit.
+    Gru,
+}
+
+impl VmModel {
+    /// The model of `tlbridge device`.
+    #[must_use]
+    pub fn device(self) -> Option<ModelName> {
+        match self {
+            Self::None => None,
+            Self::Gru => Some(ModelName::Gru),
+        }
+    }
+
+    /// The guest that it is of use in.
+    #[must_use]
+    pub fn guest(self) -> GuestKind {
+        match self {
+            Self::None | Self::Gru => GuestKind::Small,
+        }
+    }
+}
+
+/// Stock kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KernelSeries {
+    /// Debian 13's own (6.12).
+    Stable,
+    /// The newest of its backports (7.3 or later).
+    Backports,
+}
+
+/// What a guest has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum GuestKind {
+    /// Only busybox.
+    Small,
+    /// The kernel's InfiniBand modules, and the programs of rdma-core and perftest.
+    Rdma,
+    /// A root image of Debian with those, Python, rdma-core's own tests, fio and strace.
+    Debian,
 }
 
 /// `512M` or `2G`, in MiB.

@@ -1,14 +1,16 @@
 //! Stock kernels of Debian, unpacked; and what builds modules for them.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::Lab;
+use crate::apt::{self, Apt, BACKPORTS, RELEASE};
 use crate::place::{Held, clear, write_whole};
-use crate::tree::{BACKPORTS, Tree};
+use crate::tree::{Recipe, Tree};
 
 /// Which of Debian 13's kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,7 +33,7 @@ impl Series {
 
     fn suite(self) -> &'static str {
         match self {
-            Self::Stable => "trixie",
+            Self::Stable => RELEASE,
             Self::Backports => BACKPORTS,
         }
     }
@@ -87,17 +89,18 @@ impl Lab {
     /// A stock kernel, downloaded if it is not there.
     ///
     /// # Errors
-    /// It cannot be had here: no root, no network, no room.
+    /// It cannot be had here: no apt, no network, no room.
     pub fn provide_kernel(&self, series: Series) -> Result<Kernel> {
-        if let Ok(kernel) = self.find_kernel(series) {
+        // A guest with it takes the tools, too.
+        if let (Ok(kernel), Ok(_)) = (self.find_kernel(series), self.find_tools()) {
             return Ok(kernel);
         }
         let held = self.lock()?;
+        self.provide_tools(&held)?;
         if let Ok(kernel) = self.find_kernel(series) {
             return Ok(kernel);
         }
-        let tree = self.tools(&held)?;
-        unpack_kernel(self, &tree, series, &held)?;
+        unpack_kernel(self, series, &held)?;
         self.find_kernel(series)
     }
 
@@ -106,82 +109,106 @@ impl Lab {
     /// # Errors
     /// It is not, and how to get it.
     pub(crate) fn find_busybox(&self) -> Result<PathBuf> {
-        let tree = Tree::find(self).filter(|t| t.stamp("tools").exists());
-        let tree = tree.with_context(|| {
+        Ok(self.find_tools()?.root().join("usr/bin/busybox"))
+    }
+
+    /// What guests, kernels and images want, if it is there.
+    ///
+    /// # Errors
+    /// It is not, and how to get it.
+    pub(crate) fn find_tools(&self) -> Result<Tree> {
+        self.find_tree(&tools()).with_context(|| {
             format!(
                 "no busybox in {}: `cargo xtask lab` or `tlbridge vm` get it",
                 self.directory().display()
             )
-        })?;
-        Ok(tree.root().join("usr/bin/busybox"))
+        })
     }
 
-    /// The tree with what guests and kernels want.
-    pub(crate) fn tools(&self, held: &Held) -> Result<Tree> {
-        let tree = Tree::provide(self, held)?;
-        tree.install(
-            "tools",
-            "busybox, kmod, xz",
-            &["busybox-static", "kmod", "xz-utils"],
-            held,
-        )?;
-        Ok(tree)
+    /// The same, made if it is not there.
+    pub(crate) fn provide_tools(&self, held: &Held) -> Result<Tree> {
+        self.provide_tree(&tools(), held, |_, _| Ok(()))
     }
 
     /// What builds modules for that kernel, if it is there.
     pub(crate) fn find_headers(&self, series: Series) -> Option<(Tree, Headers)> {
-        let tree = Tree::find(self).filter(|t| t.stamp("build").exists())?;
-        let text = std::fs::read(tree.stamp(&format!("headers-{}", series.name()))).ok()?;
-        let version = serde_json::from_slice::<Facts>(&text).ok()?.version;
-        let headers = Headers {
-            headers: format!("/usr/src/linux-headers-{version}"),
-            gru_source: format!("/usr/src/sgi-gru-{version}"),
-            version,
-        };
-        Some((tree, headers))
+        let version = version_of(&self.path(&format!("kernel-{}", series.name()))).ok()?;
+        let tree = self.find_tree(&build_recipe(series, &version).ok()?)?;
+        Some((tree, Headers::of(version)))
     }
 
-    /// The same, installed if it is not there. The versions are those of the kernel, which must be there.
+    /// The same, unpacked if it is not there. The versions are those of the kernel, which must be there.
     pub(crate) fn provide_headers(&self, series: Series, held: &Held) -> Result<(Tree, Headers)> {
         if let Some(found) = self.find_headers(series) {
             return Ok(found);
         }
         let directory = self.path(&format!("kernel-{}", series.name()));
         let version = version_of(&directory).context("the kernel has been provided before its headers")?;
-        let tree = self.tools(held)?;
-        let short = version
-            .strip_suffix("-amd64")
-            .with_context(|| format!("{version} is no kernel for amd64"))?;
-        tree.install(
-            "build",
-            "gcc, make (about 60 MB)",
-            &["gcc", "make", "libc6-dev"],
-            held,
-        )?;
-        let kbuild = format!("linux-kbuild-{short}");
-        tree.install(&format!("kbuild-{}", series.name()), &kbuild, &[&kbuild], held)?;
-        let packages = [
-            format!("linux-headers-{version}"),
-            format!("linux-headers-{short}-common"),
-        ];
-        let files = tree.download(
-            &format!("headers of Linux {short} (about 15 MB)"),
-            &packages,
-            held,
-        )?;
-        for file in &files {
-            let inside = path_inside(&tree, file)?;
-            tree.step(
-                &format!("unpacking {}", file_name(file)),
-                &mut tree.root_shell(&format!("dpkg-deb -x '{inside}' / && rm '{inside}'")),
-            )?;
-        }
-        extract_gru(&tree, short, &version, held)?;
-        let facts = serde_json::to_vec(&Facts { version }).context("facts about the headers")?;
-        write_whole(&tree.stamp(&format!("headers-{}", series.name())), &facts)?;
-        self.find_headers(series)
-            .context("headers that were just installed are not there")
+        let recipe = build_recipe(series, &version)?;
+        let tools = self.provide_tools(held)?;
+        let tree = self.provide_tree(&recipe, held, |tree, apt| {
+            // What the scripts of these packages would do.
+            std::os::unix::fs::symlink("mawk", tree.root().join("usr/bin/awk")).context("a link to mawk")?;
+            extract_gru(self, tree, &tools, apt, &version)
+        })?;
+        Ok((tree, Headers::of(version)))
     }
+}
+
+impl Headers {
+    fn of(version: String) -> Self {
+        Self {
+            headers: format!("/usr/src/linux-headers-{version}"),
+            gru_source: "/usr/src/sgi-gru".into(),
+            version,
+        }
+    }
+}
+
+fn tools() -> Recipe {
+    Recipe::new(
+        "tools",
+        "busybox, kmod, xz, mkfs (10 MB)",
+        RELEASE,
+        &["base-files", "busybox-static", "kmod", "xz-utils", "e2fsprogs"],
+    )
+}
+
+fn build_recipe(series: Series, version: &str) -> Result<Recipe> {
+    let short = version
+        .strip_suffix("-amd64")
+        .with_context(|| format!("{version} is no kernel for amd64"))?;
+    let mut recipe = Recipe::new(
+        &format!("build_{}", series.name()),
+        &format!("gcc, make, headers of Linux {short} (80 MB)"),
+        series.suite(),
+        // What a build runs, and what every Debian system has.
+        &[
+            "base-files",
+            "bash",
+            "coreutils",
+            "dash",
+            "diffutils",
+            "findutils",
+            "gcc",
+            "grep",
+            "gzip",
+            "libc-bin",
+            "libc6-dev",
+            "make",
+            "mawk",
+            "perl-base",
+            "sed",
+            "tar",
+        ],
+    );
+    recipe.packages.push(format!("linux-kbuild-{short}"));
+    // With what they depend on they would bring a whole system.
+    recipe.alone = vec![
+        format!("linux-headers-{version}"),
+        format!("linux-headers-{short}-common"),
+    ];
+    Ok(recipe)
 }
 
 fn version_of(directory: &Path) -> Result<String> {
@@ -191,44 +218,52 @@ fn version_of(directory: &Path) -> Result<String> {
     Ok(facts.version)
 }
 
-fn unpack_kernel(lab: &Lab, tree: &Tree, series: Series, held: &Held) -> Result<()> {
-    tree.need_root("a kernel of Debian")?;
-    tree.step("package lists", &mut tree.root_shell("apt-get update -q"))?;
-    let (version, packages) = image_packages(tree, series)?;
-    let files = tree.download(&format!("Linux {version} (about 110 MB)"), &packages, held)?;
-    let directory = tree.root().join("var/tmp/lab-kernel");
+fn unpack_kernel(lab: &Lab, series: Series, held: &Held) -> Result<()> {
+    let tools = lab.provide_tools(held)?;
+    let apt = Apt::open(lab, held)?;
+    let (version, packages) = image_packages(&apt, series)?;
+    let directory = lab.path("kernel.new");
     clear(&directory)?;
-    let mut script = String::from("mkdir -p /var/tmp/lab-kernel/lib && cd /var/tmp/lab-kernel\n");
     // One directory whichever of the two names a package uses, and for depmod both.
-    script.push_str("mkdir usr && ln -s ../lib usr/lib\n");
-    for file in &files {
-        let inside = path_inside(tree, file)?;
-        script.push_str(&format!(
-            "dpkg-deb --fsys-tarfile '{inside}' | tar -x --keep-directory-symlink\n"
-        ));
-        script.push_str(&format!("rm '{inside}'\n"));
-    }
-    script.push_str(&format!(
-        "if [ -e boot/vmlinuz-{version} ]; then mv boot/vmlinuz-{version} vmlinuz; \
-         else mv lib/modules/{version}/vmlinuz vmlinuz; fi\n\
-         depmod -b /var/tmp/lab-kernel {version}\n\
-         rm -rf boot usr/share\n"
-    ));
-    tree.step(
-        &format!("unpacking Linux {version}"),
-        &mut tree.root_shell(&script),
+    std::fs::create_dir_all(directory.join("lib")).context("a directory for the kernel")?;
+    std::fs::create_dir(directory.join("usr")).context("a directory for the kernel")?;
+    std::os::unix::fs::symlink("../lib", directory.join("usr/lib")).context("a directory for the kernel")?;
+    let what = format!("Linux {version} (110 MB)");
+    apt::download_and_unpack(
+        &apt,
+        lab,
+        &what,
+        series.suite(),
+        [(&packages, true), (&[], false)],
+        &directory,
     )?;
-    for needed in ["vmlinuz".to_owned(), format!("lib/modules/{version}/modules.dep")] {
-        ensure!(
-            directory.join(&needed).is_file(),
-            "the packages {} have no {needed}",
-            packages.join(", ")
-        );
+    let modules = directory.join("lib/modules").join(&version);
+    let image = [
+        directory.join(format!("boot/vmlinuz-{version}")),
+        modules.join("vmlinuz"),
+    ]
+    .into_iter()
+    .find(|path| path.is_file())
+    .with_context(|| format!("the packages {} have no vmlinuz", packages.join(", ")))?;
+    std::fs::rename(&image, directory.join("vmlinuz"))
+        .with_context(|| format!("moving {}", image.display()))?;
+    tools.steps().run(
+        "dependencies of the kernel's modules",
+        tools
+            .program("usr/sbin/depmod")
+            .arg("-b")
+            .arg(&directory)
+            .arg(&version),
+    )?;
+    ensure!(
+        modules.join("modules.dep").is_file(),
+        "depmod has left no modules.dep in {}",
+        modules.display()
+    );
+    for unread in ["boot", "usr/share"] {
+        clear(&directory.join(unread))?;
     }
-    let facts = serde_json::to_vec(&Facts {
-        version: version.clone(),
-    })
-    .context("facts about the kernel")?;
+    let facts = serde_json::to_vec(&Facts { version }).context("facts about the kernel")?;
     write_whole(&directory.join("facts.json"), &facts)?;
     let place = lab.path(&format!("kernel-{}", series.name()));
     clear(&place)?;
@@ -236,22 +271,19 @@ fn unpack_kernel(lab: &Lab, tree: &Tree, series: Series, held: &Held) -> Result<
 }
 
 /// The kernel's version, and the packages that hold its image and modules.
-fn image_packages(tree: &Tree, series: Series) -> Result<(String, Vec<String>)> {
-    let release = format!("APT::Default-Release={}", series.suite());
-    let depends = |package: &str| -> Result<Vec<String>> {
-        let text = tree.apt_cache(&["-o", &release, "show", "--no-all-versions", package])?;
-        Ok(dependencies(&text))
-    };
+fn image_packages(apt: &Apt, series: Series) -> Result<(String, Vec<String>)> {
+    let depends =
+        |package: &str| -> Result<Vec<String>> { Ok(dependencies(&apt.show(series.suite(), package)?)) };
     let meta = depends("linux-image-amd64")?;
     let version = meta
         .iter()
         .find_map(|name| name.strip_prefix("linux-image-"))
         .with_context(|| format!("linux-image-amd64 of {} depends on no image", series.suite()))?
         .to_owned();
-    let mut found = BTreeMap::new();
+    let mut found = BTreeSet::new();
     let mut todo = vec![format!("linux-image-{version}")];
     while let Some(package) = todo.pop() {
-        if found.contains_key(&package) {
+        if found.contains(&package) {
             continue;
         }
         todo.extend(
@@ -259,9 +291,9 @@ fn image_packages(tree: &Tree, series: Series) -> Result<(String, Vec<String>)> 
                 .into_iter()
                 .filter(|name| name.starts_with("linux-") && name.ends_with(&version)),
         );
-        found.insert(package, ());
+        found.insert(package);
     }
-    Ok((version, found.into_keys().collect()))
+    Ok((version, found.into_iter().collect()))
 }
 
 /// The names in `Depends:` of a package's record, the first of each alternative.
@@ -276,48 +308,33 @@ fn dependencies(record: &str) -> Vec<String> {
         .collect()
 }
 
-/// drivers/misc/sgi-gru out of the package with the kernel's sources, of which nothing else stays.
-fn extract_gru(tree: &Tree, short: &str, version: &str, held: &Held) -> Result<()> {
-    let mut numbers = short.split('.');
+/// drivers/misc/sgi-gru out of the package with the kernel's sources, of which nothing else stays. Into
+/// `/usr/src/sgi-gru`, which is not there if this kernel has no such driver.
+fn extract_gru(lab: &Lab, tree: &Tree, tools: &Tree, apt: &Apt, version: &str) -> Result<()> {
+    let mut numbers = version.split('.');
     let (Some(major), Some(minor)) = (numbers.next(), numbers.next()) else {
-        bail!("{short} is no version of a kernel");
+        bail!("{version} is no version of a kernel");
     };
     let source = format!("linux-source-{major}.{minor}");
-    let mut files = tree.download(
-        &format!("sources of Linux {major}.{minor} (about 150 MB)"),
-        std::slice::from_ref(&source),
-        held,
-    )?;
-    let file = files.pop().context("a downloaded package")?;
-    let inside = path_inside(tree, &file)?;
+    let what = format!("sources of Linux {major}.{minor} (150 MB)");
+    let work = lab.path("apt/source");
+    clear(&work)?;
+    let lists = [(&[source.clone()][..], true), (&[][..], false)];
+    apt::download_and_unpack(apt, lab, &what, RELEASE, lists, &work)?;
+    let archive = work.join(format!("usr/src/{source}.tar.xz"));
+    let place = tree.root().join("usr/src/sgi-gru");
+    std::fs::create_dir_all(&place).with_context(|| format!("creating {}", place.display()))?;
+    let mut xz = tools.program("usr/bin/xz");
+    xz.arg("-dc").arg(&archive);
+    let mut tar = Command::new("tar");
     // The archive has the directory at a fixed depth; tar goes on reading to its end.
-    let script = format!(
-        "rm -rf /usr/src/sgi-gru.new && mkdir /usr/src/sgi-gru.new\n\
-         dpkg-deb --fsys-tarfile '{inside}' | tar -xO ./usr/src/{source}.tar.xz \
-         | tar -xJ -C /usr/src/sgi-gru.new --strip-components=4 '{source}/drivers/misc/sgi-gru'\n\
-         rm '{inside}'\n\
-         rm -rf /usr/src/sgi-gru-{version} && mv /usr/src/sgi-gru.new /usr/src/sgi-gru-{version}\n"
-    );
-    tree.step("sources of the sgi-gru driver", &mut tree.root_shell(&script))
-}
-
-fn path_inside(tree: &Tree, path: &Path) -> Result<String> {
-    let inside = path
-        .strip_prefix(tree.root())
-        .with_context(|| format!("{} is not in the root tree", path.display()))?;
-    let inside = inside.to_str().context("packages have ASCII names")?;
-    ensure!(
-        !inside.contains('\''),
-        "{inside}: quotation mark in a package's name"
-    );
-    Ok(format!("/{inside}"))
-}
-
-fn file_name(path: &Path) -> String {
-    path.file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned()
+    tar.args(["-x", "--no-same-owner", "--strip-components=4", "-f", "-", "-C"])
+        .arg(&place)
+        .arg(format!("{source}/drivers/misc/sgi-gru"));
+    tree.steps()
+        .pipe(xz, tar)
+        .context("the sgi-gru driver's sources")?;
+    clear(&work)
 }
 
 #[cfg(test)]

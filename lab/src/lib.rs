@@ -7,11 +7,13 @@
 //! * [`initramfs::Initramfs`] packs what a guest starts with.
 //! * [`guest`] runs guests.
 //!
-//! Not here: root images on disks, kernels of other architectures, anything but Linux guests.
+//! Not here: kernels of other architectures, anything but Linux guests.
 
 pub mod acceleration;
+mod apt;
 mod archive;
 pub mod guest;
+pub mod image;
 pub mod initramfs;
 pub mod kernel;
 pub mod modules;
@@ -20,6 +22,8 @@ mod place;
 mod programs;
 pub mod qemu;
 pub mod qmp;
+pub mod rdma;
+mod steps;
 mod tree;
 
 pub use place::Lab;

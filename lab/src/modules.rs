@@ -1,7 +1,7 @@
 //! Kernel modules: which ones of a stock kernel belong together, and building our own.
 
 use std::collections::HashMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{Hash, Hasher};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::Lab;
 use crate::kernel::{Kernel, Series};
 use crate::place::{clear, say};
-use crate::tree::Tree;
+use crate::tree::{Fnv, need_namespaces};
 
 /// The shim's sources (driver/kmod/gru), by their path there.
 const SHIM: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/shim_sources.rs"));
@@ -43,7 +43,7 @@ impl Lab {
 
     /// A directory for each state of the sources, so that one is either complete or not there.
     fn gru_directory(&self, version: &str) -> PathBuf {
-        let mut hasher = DefaultHasher::new();
+        let mut hasher = Fnv::default();
         SHIM.hash(&mut hasher);
         self.path(&format!("modules/gru-{version}-{:016x}", hasher.finish()))
     }
@@ -58,9 +58,15 @@ impl Lab {
             return Ok(found);
         }
         ensure!(
+            series == Series::Stable,
+            "Linux has no sgi-gru driver since 7.3: the GRU's modules are for the {} kernel",
+            Series::Stable.name()
+        );
+        ensure!(
             SHIM.iter().any(|(name, _)| *name == "build.sh"),
             "this tlbridge was built without the sources of driver/kmod/gru"
         );
+        need_namespaces()?;
         self.provide_kernel(series)?;
         let held = self.lock()?;
         if let Ok(found) = self.find_gru_modules(series) {
@@ -88,7 +94,7 @@ impl Lab {
             "cd /mnt/gru && ./build.sh --headers {} --gru-source {} --out /mnt/out",
             headers.headers, headers.gru_source
         );
-        tree.step(
+        tree.steps().run(
             &format!("modules for the GRU, Linux {}", headers.version),
             &mut tree.inside(&work, &script),
         )?;
@@ -128,9 +134,9 @@ impl Lab {
                 path.display()
             ),
         };
-        let mut command = match (program, Tree::find(self)) {
-            // The tree's, so that nothing of this system is needed.
-            ("xz", Some(tree)) if tree.stamp("tools").exists() => tree.program("usr/bin/xz"),
+        let mut command = match (program, self.find_tools()) {
+            // The lab's, so that nothing of this system is needed.
+            ("xz", Ok(tools)) => tools.program("usr/bin/xz"),
             ("xz", _) => Command::new("xz"),
             ("gz", _) => Command::new("gzip"),
             _ => Command::new("zstd"),

@@ -7,13 +7,24 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::Lab;
+use crate::apt::BACKPORTS;
 use crate::packages::on_path;
 use crate::place::write_whole;
-use crate::tree::{BACKPORTS, Tree};
+use crate::tree::Recipe;
 
 /// The device that a usable QEMU lists in `-device help`.
 const DEVICE: &str = "vfio-user-pci";
 const PROGRAM: &str = "qemu-system-x86_64";
+
+/// The tree that QEMU runs from.
+fn recipe() -> Recipe {
+    Recipe::new(
+        "qemu",
+        "QEMU of Debian's backports (60 MB)",
+        BACKPORTS,
+        &["base-files", "qemu-system-x86"],
+    )
+}
 
 impl Lab {
     /// The QEMU that is there: `TLBRIDGE_QEMU`, the lab's, or one on PATH that has the device.
@@ -28,10 +39,8 @@ impl Lab {
                 Err(why) => bail!("TLBRIDGE_QEMU={}: {why}", named.display()),
             };
         }
-        // Written last, so its presence says that everything before it succeeded.
-        let own = self.path(PROGRAM);
-        if own.exists() && Tree::find(self).is_some_and(|t| t.stamp("qemu").exists()) {
-            return Ok(own);
+        if let Some(tree) = self.find_tree(&recipe()) {
+            return Ok(tree.root().join(PROGRAM));
         }
         let why = match on_path(PROGRAM) {
             false => String::new(),
@@ -50,7 +59,7 @@ impl Lab {
     /// The same, installed from Debian's packages if there is none.
     ///
     /// # Errors
-    /// It cannot be had here: no root, no network, no room.
+    /// It cannot be had here: no apt, no network, no room.
     pub fn provide_qemu(&self) -> Result<PathBuf> {
         let named = std::env::var_os("TLBRIDGE_QEMU").is_some_and(|v| !v.is_empty());
         match self.find_qemu() {
@@ -64,26 +73,21 @@ impl Lab {
             return Ok(found);
         }
         let make = || -> Result<PathBuf> {
-            let tree = Tree::provide(self, &held)?;
-            tree.install(
-                "qemu",
-                "qemu-system-x86 of the backports (about 60 MB)",
-                &["qemu-system-x86"],
-                &held,
-            )?;
-            let script = tree.wrapper(
-                &format!("usr/bin/{PROGRAM}"),
-                "export QEMU_MODULE_DIR=\"$tree/usr/lib/x86_64-linux-gnu/qemu\"\n",
-                "-L \"$tree/usr/share/qemu\" -L \"$tree/usr/share/seabios\"",
-            );
-            let wrapper = self.path(PROGRAM);
-            let trial = self.path("qemu-trial");
-            write_script(&trial, &script)?;
-            if let Err(why) = usable(&trial) {
-                bail!("the QEMU of {BACKPORTS} will not do: {why}");
-            }
-            std::fs::rename(&trial, &wrapper).with_context(|| format!("writing {}", wrapper.display()))?;
-            Ok(wrapper)
+            let tree = self.provide_tree(&recipe(), &held, |tree, _| {
+                let script = tree.wrapper(
+                    &format!("usr/bin/{PROGRAM}"),
+                    BACKPORTS,
+                    "export QEMU_MODULE_DIR=\"$tree/usr/lib/x86_64-linux-gnu/qemu\"\n",
+                    "-L \"$tree/usr/share/qemu\" -L \"$tree/usr/share/seabios\"",
+                );
+                let wrapper = tree.root().join(PROGRAM);
+                write_script(&wrapper, &script)?;
+                match usable(&wrapper) {
+                    Ok(()) => Ok(()),
+                    Err(why) => bail!("the QEMU of {BACKPORTS} will not do: {why}"),
+                }
+            })?;
+            Ok(tree.root().join(PROGRAM))
         };
         make().with_context(|| {
             format!("no QEMU with {DEVICE} (10.1 or later); install one, or name it with TLBRIDGE_QEMU")

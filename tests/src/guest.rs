@@ -58,6 +58,20 @@ impl Rig {
         Initramfs::new(&self.lab).unwrap()
     }
 
+    /// The same with the RDMA programs, and the stock modules of mlx5 loaded.
+    ///
+    /// # Errors
+    /// The programs are missing: the reason of a visible skip.
+    ///
+    /// # Panics
+    /// As [`Rig::initramfs`].
+    pub fn rdma_initramfs(&self) -> Result<Initramfs, String> {
+        self.lab.find_rdma().map_err(|error| format!("{error:#}"))?;
+        let mut files = self.initramfs();
+        files.add_rdma(&self.lab, &self.kernel).unwrap();
+        Ok(files)
+    }
+
     /// A guest with these files and devices, not yet running. Its log is named after the test.
     ///
     /// # Panics

@@ -8,12 +8,12 @@ use std::time::Instant;
 /// What cannot be had: what would use it, and why.
 pub type Missing = Vec<String>;
 
-/// Finds or makes the parts of the lab and says what there is. What the machine or the network lacks is not
+/// Finds or makes the parts of the lab, the root image if it is wanted, and says what there is. What the machine or the network lacks is not
 /// an error but in the list that is returned.
 ///
 /// # Errors
 /// No place for a lab.
-pub fn provide() -> anyhow::Result<Missing> {
+pub fn provide(image: bool) -> anyhow::Result<Missing> {
     let begin = Instant::now();
     let lab = Lab::locate()?;
     println!("lab: {}", lab.directory().display());
@@ -58,6 +58,15 @@ pub fn provide() -> anyhow::Result<Missing> {
         }
         Err(error) => missing.push(format!("tests of the sgi-gru driver in a guest: {error:#}")),
     }
+    if let Err(error) = lab.provide_rdma() {
+        missing.push(format!("tests with RDMA programs in guests: {error:#}"));
+    }
+    if image {
+        match lab.provide_image() {
+            Ok(image) => println!("lab: {}", image.display()),
+            Err(error) => missing.push(format!("tests with rdma-core's own tests in a guest: {error:#}")),
+        }
+    }
     println!("lab: {:.1} s", begin.elapsed().as_secs_f64());
     Ok(missing)
 }
@@ -66,8 +75,8 @@ pub fn provide() -> anyhow::Result<Missing> {
 ///
 /// # Errors
 /// As [`provide`].
-pub fn run() -> anyhow::Result<bool> {
-    let missing = provide()?;
+pub fn run(image: bool) -> anyhow::Result<bool> {
+    let missing = provide(image)?;
     for what in &missing {
         println!("lab: unavailable: {what}");
     }

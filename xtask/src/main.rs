@@ -38,7 +38,11 @@ enum Task {
         fuzz_minutes: u64,
     },
     /// Find or make what guests take, below target/lab: a QEMU with vfio-user-pci, a stock kernel, modules.
-    Lab,
+    Lab {
+        /// Make the root image as well.
+        #[arg(long)]
+        image: bool,
+    },
     /// Check the direction of the dependencies between the crates.
     Layering,
 }
@@ -50,7 +54,7 @@ fn main() -> ExitCode {
             minutes,
             fuzz_minutes,
         } => tiers::soak(minutes, fuzz_minutes),
-        Task::Lab => lab::run(),
+        Task::Lab { image } => lab::run(image),
         Task::Layering => layering::check().map(|()| true),
     };
     match result {

@@ -196,7 +196,7 @@ pub fn test(only: &[String], keep_going: bool) -> anyhow::Result<bool> {
             .any(|o| ["lab", "sandbox", "guest"].contains(&o.as_str()))
     {
         println!("== lab: QEMU, kernel and modules for guests");
-        let missing = lab::provide()?;
+        let missing = lab::provide(true)?;
         println!("-- lab: {}", if missing.is_empty() { "ok" } else { "incomplete" });
         totals.skips.extend(missing);
     }

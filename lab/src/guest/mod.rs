@@ -54,6 +54,8 @@ pub struct Spec {
     pub initramfs: Vec<u8>,
     /// Sockets of vfio-user devices.
     pub devices: Vec<PathBuf>,
+    /// Images of disks, of which a guest changes only what it sees of them itself.
+    pub disks: Vec<PathBuf>,
     /// Whether the devices are behind an IOMMU, so that the guest's VFIO can give them to programs.
     pub iommu: bool,
     /// Processors.
@@ -84,6 +86,7 @@ impl Spec {
             kernel,
             initramfs,
             devices: Vec::new(),
+            disks: Vec::new(),
             iommu: false,
             cpus: 2,
             memory_mib: 1024,
@@ -751,6 +754,14 @@ impl Spec {
                 "socket": { "type": "unix", "path": socket },
             });
             command.args(["-device", &device.to_string()]);
+        }
+        for (index, disk) in self.disks.iter().enumerate() {
+            let drive = format!(
+                "if=none,id=disk{index},format=raw,snapshot=on,file={}",
+                option(disk)
+            );
+            let device = format!("virtio-blk-pci,drive=disk{index}");
+            command.args(["-drive", &drive, "-device", &device]);
         }
         command.args(&self.qemu_arguments);
         command.env_remove("LD_PRELOAD");
