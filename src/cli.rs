@@ -303,6 +303,7 @@ Exit codes: COMMAND's own; 124 after --timeout, 125 the guest did not run it to 
 Examples:
   tlbridge vm --model gru                                     a shell; the driver is loaded
   tlbridge vm --model gru -- ls /proc/sgi_uv/gru
+  tlbridge vm --model mlx5 -- ibv_devinfo
   tlbridge vm --model gru --program ./mytest -- mytest --all
   tlbridge vm --model gru --kernel bzImage --module tlbridge_uv.ko --module gru.ko -- dmesg
   tlbridge vm --model gru --gdb                               then gdb: target remote 127.0.0.1:1234")]
@@ -397,6 +398,8 @@ pub enum VmModel {
     None,
     /// SGI's Global Reference Unit.
     Gru,
+    /// mlx5 HCA with an InfiniBand port.
+    Mlx5,
 }
 
 impl VmModel {
@@ -406,6 +409,7 @@ impl VmModel {
         match self {
             Self::None => None,
             Self::Gru => Some(ModelName::Gru),
+            Self::Mlx5 => Some(ModelName::Mlx5),
         }
     }
 
@@ -414,6 +418,7 @@ impl VmModel {
     pub fn guest(self) -> GuestKind {
         match self {
             Self::None | Self::Gru => GuestKind::Small,
+            Self::Mlx5 => GuestKind::Rdma,
         }
     }
 }
