@@ -158,7 +158,7 @@ impl Hca {
             state: 4,
             device_id: pci::DEVICE_PF,
             capabilities: self.port_capabilities.load(Ordering::SeqCst),
-            description: "tlbridge HCA".into(),
+            description: "tlbridge HCA",
         }
     }
 

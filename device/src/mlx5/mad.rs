@@ -26,7 +26,7 @@ const GUIDS: usize = 8;
 const PKEYS: usize = 32;
 
 /// What the agent knows of its port.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct PortView {
     pub(super) node_guid: u64,
     pub(super) port_guid: u64,
@@ -37,7 +37,7 @@ pub(super) struct PortView {
     pub(super) state: u8,
     pub(super) device_id: u16,
     pub(super) capabilities: u32,
-    pub(super) description: String,
+    pub(super) description: &'static str,
 }
 
 impl PortView {
@@ -151,7 +151,7 @@ mod tests {
             state: 4,
             device_id: 0x1017,
             capabilities: CAPABILITIES,
-            description: "tlbridge".into(),
+            description: "tlbridge",
         }
     }
 

@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use protos::mlx5::Layout;
 use protos::mlx5::mkey::{ANY_QP, AccessMode, Klm, MTT_ADDRESS, MTT_READ, MTT_WRITE, Mkc};
 
+use zerocopy::{FromBytes, FromZeros};
+
 use super::numbers::Numbers;
 use crate::atc::{Atc, Purge, SpaceId};
 
@@ -338,6 +340,78 @@ impl Mkeys {
         table.insert(mkey.index, mkey);
     }
 
+    /// Another context, other translations from byte `offset` of the table on, or both. When this returns nobody uses
+    /// what was before.
+    pub(super) fn change(
+        &self,
+        atc: &Atc,
+        mkey: &Arc<Mkey>,
+        context: Option<Mkc>,
+        offset: u64,
+        translations: &[u8],
+    ) -> Result<(), Refused> {
+        if let Some(context) = &context {
+            let paged = matches!(context.mode(), AccessMode::MTT | AccessMode::KSM);
+            let page = context.get(Mkc::LOG_PAGE_SIZE);
+            if paged && !context.is_set(Mkc::FREE) && !(12..=40).contains(&page) {
+                return Err(Refused::Parameter);
+            }
+        }
+        self.translate(mkey, offset, translations)?;
+        if let Some(context) = context {
+            let page = context.get(Mkc::LOG_PAGE_SIZE);
+            let new = self.make(mkey.index, context, page, Arc::clone(&mkey.table));
+            let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+            match table.get(&mkey.index) {
+                Some(now) if Arc::ptr_eq(now, mkey) => table.insert(mkey.index, new),
+                // Destroyed, or changed by somebody else at the same time.
+                _ => return Err(Refused::Unknown),
+            };
+        }
+        // Whoever looked a translation up before has an open ticket, which this refuses, or an entry, which this clears.
+        atc.purge(Purge::Space(mkey.space));
+        Ok(())
+    }
+
+    fn translate(&self, mkey: &Mkey, offset: u64, translations: &[u8]) -> Result<(), Refused> {
+        if translations.is_empty() {
+            return Ok(());
+        }
+        // Lists are padded: what is beyond the key's room is dropped.
+        let room = u64::from(mkey.context.get(Mkc::TRANSLATIONS)) * 16;
+        let bytes = usize::try_from(room.saturating_sub(offset))
+            .map_or(translations, |room| &translations[..translations.len().min(room)]);
+        let mut table = mkey.table.write().unwrap_or_else(PoisonError::into_inner);
+        let unit = match &*table {
+            Table::Physical => return Err(Refused::Parameter),
+            Table::Pages(_) => 8,
+            Table::Keys { .. } => 16,
+        };
+        let first = usize::try_from(offset / unit).map_err(|_| Refused::Parameter)?;
+        let end = first + bytes.len() / unit as usize;
+        let grown = (end as u64).saturating_sub(table.len());
+        self.charge(grown)?;
+        match &mut *table {
+            Table::Physical => unreachable!("refused above"),
+            Table::Pages(pages) => {
+                if pages.len() < end {
+                    pages.resize(end, 0);
+                }
+                for (page, entry) in pages[first..end].iter_mut().zip(bytes.as_chunks::<8>().0) {
+                    *page = u64::from_be_bytes(*entry);
+                }
+            }
+            Table::Keys { pieces: own, .. } => {
+                let new = pieces(bytes);
+                if own.len() < end {
+                    own.resize(end, Klm::new_zeroed());
+                }
+                own[first..end].copy_from_slice(&new);
+            }
+        }
+        Ok(())
+    }
+
     /// DESTROY_MKEY: when this returns nobody accesses memory through it.
     pub(super) fn destroy(&self, atc: &Atc, index: u32) -> Result<(), Refused> {
         let removed = {
@@ -362,8 +436,7 @@ impl Mkeys {
 }
 
 /// A table of pieces of keys.
-pub(super) fn pieces(bytes: &[u8]) -> Vec<Klm> {
-    use zerocopy::FromBytes;
+fn pieces(bytes: &[u8]) -> Vec<Klm> {
     bytes
         .as_chunks::<16>()
         .0

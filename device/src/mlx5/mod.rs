@@ -8,8 +8,8 @@
 //! commands; each shard has one.
 //!
 //! # What is not implemented
-//! UMR, memory windows, on-demand paging, CQ moderation and resize, BlueFlame, DC, DevX, device memory, signature,
-//! Ethernet ports, more than one port. None of that is advertised.
+//! On-demand paging, CQ moderation and resize, BlueFlame, DC, DevX, device memory, signature, Ethernet ports, more than
+//! one port, a network: packets go from the HCA to itself. None of that is advertised.
 
 mod access;
 mod buffer;
@@ -29,6 +29,7 @@ mod qp;
 mod shard;
 mod srq;
 mod uar;
+mod umr;
 mod wqe;
 
 use std::io;

@@ -6,8 +6,9 @@ use std::sync::atomic::Ordering;
 use protos::ib::Qpn;
 use protos::mlx5::cq::{Cqe, CqeOpcode, FLAGS_GRH, FLAGS_SL_SHIFT, Syndrome};
 use protos::mlx5::eq::{DATA_NUMBER, DATA_QUEUE_TYPE, Eqe, Event as EventType};
-use protos::mlx5::qp::Qpc;
-use protos::mlx5::wqe::{BLOCK, Control, SEGMENT};
+use protos::mlx5::mkey::Mkc;
+use protos::mlx5::qp::{Qpc, ServiceType};
+use protos::mlx5::wqe::{BLOCK, Control, Opcode, SEGMENT};
 use protos::mlx5::{Layout, uar};
 use zerocopy::FromBytes;
 
@@ -18,6 +19,7 @@ use super::memory::Port;
 use super::mkey::{Asker, Mkey, Right as KeyRight};
 use super::qp::Qp;
 use super::srq::Srq;
+use super::umr::{self, Source, Umr};
 use super::wqe::{self, Piece, Pieces};
 use crate::transport::{
     Answer, Atomic, Event, Owner, QpId, Receive, Received, Remote, Request, Right, Status,
@@ -138,16 +140,17 @@ impl ShardOwner<'_> {
                     };
                     to[done..done + step].copy_from_slice(&wqe[at..at + step]);
                 }
-                Piece::Memory { lkey, va, len } => {
+                Piece::Memory { lkey, va, .. } => {
+                    let at = va.wrapping_add(offset);
                     let mkey = self.hca.mkeys.find(lkey);
-                    let Some(mkey) = mkey.filter(|mkey| mkey.allows(asker, va, len, right)) else {
+                    // A receive request may name more than its key covers, as long as no message reaches that.
+                    let Some(mkey) = mkey.filter(|mkey| mkey.allows(asker, at, step as u64, right)) else {
                         return Answer::Failed(Status::LocalProtection);
                     };
                     let mut part = match &mut bytes {
                         Bytes::Into(to) => Bytes::Into(&mut to[done..done + step]),
                         Bytes::From(from) => Bytes::From(&from[done..done + step]),
                     };
-                    let at = va.wrapping_add(offset);
                     if let Err(trouble) = access::copy(self.port, &self.hca.mkeys, &mkey, at, &mut part) {
                         return refuse(trouble, Status::LocalProtection);
                     }
@@ -279,12 +282,14 @@ impl Owner for ShardOwner<'_> {
             return Answer::Failed(status);
         }
         let qp = find(self.qps, id);
-        let opcode = protos::mlx5::wqe::Opcode((request.cookie >> wqe::OPCODE_SHIFT) as u8);
+        let opcode = Opcode((request.cookie >> wqe::OPCODE_SHIFT) as u8);
         let malformed = qp.wqe.parsed.as_ref().is_none_or(|parsed| parsed.malformed);
-        if malformed || opcode != protos::mlx5::wqe::Opcode::NOP {
-            return Answer::Failed(Status::LocalOperation);
+        match opcode {
+            _ if malformed => Answer::Failed(Status::LocalOperation),
+            Opcode::NOP => Answer::Done(()),
+            Opcode::UMR => self.register(id),
+            _ => Answer::Failed(Status::LocalOperation),
         }
-        Answer::Done(())
     }
 
     fn complete_send(&mut self, id: QpId, request: &Request, status: Status) {
@@ -485,9 +490,18 @@ impl Owner for ShardOwner<'_> {
     }
 
     fn invalidate(&mut self, id: QpId, rkey: u32) -> Answer {
-        // Nothing that can be invalidated is offered: no windows, no fast registration.
-        let _ = (id, rkey);
-        Answer::Failed(Status::RemoteInvalidRequest)
+        let qp = find(self.qps, id);
+        let mkey = self.hca.mkeys.find(rkey);
+        let allowed = mkey
+            .filter(|mkey| mkey.context.is_set(Mkc::REMOTE_INVALIDATE) && mkey.context.get(Mkc::PD) == qp.pd);
+        let Some(mkey) = allowed else {
+            return Answer::Failed(Status::RemoteAccess);
+        };
+        let context = umr::invalidated(&mkey);
+        match self.hca.mkeys.change(&self.hca.atc, &mkey, Some(context), 0, &[]) {
+            Ok(()) => Answer::Done(()),
+            Err(_) => Answer::Failed(Status::RemoteAccess),
+        }
     }
 
     fn event(&mut self, id: QpId, event: Event) {
@@ -510,6 +524,52 @@ impl Owner for ShardOwner<'_> {
 }
 
 impl ShardOwner<'_> {
+    /// A UMR, whose WQE is loaded.
+    fn register(&mut self, id: QpId) -> Answer {
+        let qp = find(self.qps, id);
+        let (pd, qpn) = (qp.pd, qp.qpn);
+        let registers = qp.service == ServiceType::REG_UMR;
+        let wqe = std::mem::take(&mut qp.wqe.bytes);
+        let result = self.register_as(&wqe, Asker { pd, qpn }, registers);
+        find(self.qps, id).wqe.bytes = wqe;
+        match result {
+            Ok(()) => Answer::Done(()),
+            Err(status) => Answer::Failed(status),
+        }
+    }
+
+    fn register_as(&mut self, wqe: &[u8], asker: Asker, registers: bool) -> Result<(), Status> {
+        let umr = Umr::parse(wqe).ok_or(Status::LocalOperation)?;
+        let mkey = self.hca.mkeys.at(umr.index).ok_or(Status::WindowBind)?;
+        if !umr.is_allowed(&mkey, asker.pd, registers) {
+            return Err(Status::WindowBind);
+        }
+        let mut list = vec![0; umr.bytes];
+        match umr.source {
+            Source::None => {}
+            Source::Inline(at) => list.copy_from_slice(&wqe[at..at + umr.bytes]),
+            Source::Memory { lkey, va } => {
+                let table = self.hca.mkeys.find(lkey);
+                let table = table
+                    .filter(|key| key.allows(asker, va, umr.bytes as u64, KeyRight::LocalRead))
+                    .ok_or(Status::LocalProtection)?;
+                access::copy(
+                    self.port,
+                    &self.hca.mkeys,
+                    &table,
+                    va,
+                    &mut Bytes::Into(&mut list),
+                )
+                .map_err(|_| Status::LocalProtection)?;
+            }
+        }
+        let context = umr.changed(&mkey.context);
+        self.hca
+            .mkeys
+            .change(&self.hca.atc, &mkey, context, umr.offset, &list)
+            .map_err(|_| Status::WindowBind)
+    }
+
     /// Bytes `offset..` of a request's local message.
     fn message(&mut self, id: QpId, request: &Request, offset: u32, bytes: Bytes<'_>) -> Answer {
         if let Err(status) = self.load(id, request.index) {

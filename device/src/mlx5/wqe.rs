@@ -275,7 +275,7 @@ mod tests {
             state: 4,
             device_id: 0,
             capabilities: 0,
-            description: String::new(),
+            description: "",
         }
     }
 

@@ -103,6 +103,8 @@ pub mod mask {
     pub const START: u64 = 1 << 6;
     /// Protection domain.
     pub const PD: u64 = 1 << 7;
+    /// Remote invalidate.
+    pub const REMOTE_INVALIDATE: u64 = 1 << 8;
     /// Signature error counter.
     pub const SIGNATURE_ERRORS: u64 = 1 << 9;
     /// Signature.

@@ -215,9 +215,9 @@ pub struct UmrControl {
 const _: () = assert!(size_of::<UmrControl>() == 48 && std::mem::offset_of!(UmrControl, mkey_mask) == 8);
 /// [`UmrControl::flags`]: translations follow in the WQE.
 pub const UMR_INLINE: u8 = 0x80;
-/// [`UmrControl::flags`]: the key must be free.
+/// [`UmrControl::flags`]: the key must be free. (The header calls it `CHECK_NOT_FREE`: it fails for a key that is not.)
 pub const UMR_CHECK_FREE: u8 = 0x20;
-/// [`UmrControl::flags`]: the key must not be free.
+/// [`UmrControl::flags`]: the key must not be free. (The header calls it `CHECK_FREE`.)
 pub const UMR_CHECK_NOT_FREE: u8 = 0x40;
 /// [`UmrControl::flags`]: [`UmrControl::xlt_offset`] counts; the rest of the table stays.
 pub const UMR_OFFSET: u8 = 0x10;

@@ -21,6 +21,8 @@ pub(in crate::mlx5) const LOG_MAX_MKEY: u32 = 20;
 pub(super) const LOG_MAX_MESSAGE: u32 = 30;
 /// Logarithm of the longest list of keys, and of the translations of a key.
 pub(super) const LOG_MAX_KLM_LIST: u32 = 16;
+/// Depth of keys that name keys.
+pub(super) const MAX_INDIRECTION: u32 = 4;
 pub(super) const MAX_EQS: u32 = 32;
 /// Largest send WQE.
 pub(super) const MAX_SEND_WQE: u32 = 1008;
@@ -102,11 +104,12 @@ fn general() -> C {
         .with(C::LOCAL_CA_ACK_DELAY, 16)
         .with(C::NUM_PORTS, 1)
         .with(C::LOG_MAX_MSG, LOG_MAX_MESSAGE)
-        // Memory is registered by CREATE_MKEY: no UMR.
-        .with(C::UMR_MODIFY_ENTITY_SIZE_DISABLED, 1)
-        .with(C::UMR_MODIFY_ATOMIC_DISABLED, 1)
-        .with(C::UMR_INDIRECT_MKEY_DISABLED, 1)
         .with(C::LOG_MAX_KLM_LIST_SIZE, LOG_MAX_KLM_LIST)
+        .with(C::MAX_INDIRECTION, MAX_INDIRECTION)
+        .with(C::FIXED_BUFFER_SIZE, 1)
+        .with(C::UMR_EXTENDED_TRANSLATION_OFFSET, 1)
+        .with(C::NULL_MKEY, 1)
+        .with(C::IMAICL, 1)
         .with(C::ATOMIC, 1)
         .with(C::BLOCK_LB_MC, 1)
         .with(C::QKV, 1)
