@@ -3,7 +3,7 @@
 //! The same driver code runs against a vfio-user socket, an in-process device (the tests supply that
 //! backing) and `/dev/vfio`.
 //!
-//! Not implemented yet: registering memory by UMR, and other things that `mlx5` lists.
+//! Not implemented: what the modules list.
 
 pub mod backing;
 pub mod gru;

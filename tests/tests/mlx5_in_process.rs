@@ -14,7 +14,7 @@ use protos::mlx5::caps::{HcaCap, Kind};
 use protos::mlx5::cmd::{Opcode, Status};
 use protos::mlx5::cq::{CqeOpcode, Syndrome};
 use protos::mlx5::eq::{DATA_NUMBER, Event};
-use protos::mlx5::mkey::Mkc;
+use protos::mlx5::mkey::{MTT_READ, MTT_WRITE, Mkc, mask};
 use protos::mlx5::qp::{Qpc, State};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use tests::in_process::InProcess;
@@ -272,6 +272,15 @@ fn test_access_when_the_key_does_not_allow_it_fails_and_flushes() {
         rig.send(SendRequest::Write(VA, rkey), VA, 8);
         assert_eq!(rig.completion(0).syndrome(), Some(Syndrome::FLUSHED), "{name}");
         assert_eq!(rig.contents(1, 0, 64), before, "{name}");
+        // And received, of which no doorbell tells.
+        let key = rig.keys[0];
+        rig.hca.post_receive(&mut rig.qps[0], key, VA, 64);
+        let cqe = rig.completion(0);
+        assert_eq!(
+            (cqe.opcode(), cqe.syndrome()),
+            (CqeOpcode::RESPONDER_ERROR, Some(Syndrome::FLUSHED)),
+            "{name}"
+        );
     }
 }
 
@@ -286,6 +295,61 @@ fn test_key_when_destroyed_is_used_no_more() {
     rig.send(SendRequest::Write(VA, key.key), VA, 4096);
     assert_eq!(rig.completion(0).syndrome(), Some(Syndrome::REMOTE_ACCESS));
     assert_eq!(rig.contents(1, 0, 4096), before);
+}
+
+#[test]
+fn test_key_when_registered_by_work_request_works_until_it_is_invalidated() {
+    let mut rig = rig(Service::Rc);
+    let key = rig.hca.free_key(rig.pd, 16).unwrap();
+    let values = Mkc::zeroed()
+        .with(Mkc::KEY, 0x77)
+        .with(Mkc::REMOTE_WRITE, 1)
+        .with(Mkc::LOG_PAGE_SIZE, 12)
+        .with_wide(Mkc::START, VA)
+        .with_wide(Mkc::LENGTH, 16 * 4096);
+    // Backwards, so that nothing but the table leads there.
+    let pages: Vec<u64> = (0..16u64)
+        .rev()
+        .map(|page| (rig.regions[1].iova + page * 4096) | MTT_READ | MTT_WRITE)
+        .collect();
+    let all = mask::FREE | mask::KEY | mask::RW | mask::PAGE_SIZE | mask::START | mask::LENGTH;
+    rig.hca
+        .post_registration(&mut rig.qps[0], key, all, &values, &pages)
+        .unwrap();
+    assert_eq!(rig.completion(0).opcode(), CqeOpcode::REQUESTER);
+    let sent = rig.fill(0, 5, 8192);
+    let rkey = key.key | 0x77;
+    rig.send(SendRequest::Write(VA, rkey), VA, 8192);
+    assert_eq!(rig.completion(0).opcode(), CqeOpcode::REQUESTER);
+    assert_eq!(rig.contents(1, 15 * 4096, 4096), sent[..4096]);
+    assert_eq!(rig.contents(1, 14 * 4096, 4096), sent[4096..]);
+    // Free again: the completion says that nobody uses it any more.
+    rig.hca
+        .post_registration(
+            &mut rig.qps[0],
+            key,
+            mask::FREE,
+            &Mkc::zeroed().with(Mkc::FREE, 1),
+            &[],
+        )
+        .unwrap();
+    assert_eq!(rig.completion(0).opcode(), CqeOpcode::REQUESTER);
+    rig.hca.memory().write(rig.regions[0].iova, &[0xee; 4096]);
+    rig.send(SendRequest::Write(VA, rkey), VA, 4096);
+    assert_eq!(rig.completion(0).syndrome(), Some(Syndrome::REMOTE_ACCESS));
+    assert_eq!(rig.contents(1, 15 * 4096, 4096), sent[..4096]);
+}
+
+#[test]
+fn test_registration_when_the_key_is_of_another_domain_is_refused() {
+    let mut rig = rig(Service::Rc);
+    let other = rig.hca.protection_domain().unwrap();
+    let key = rig.hca.free_key(other, 16).unwrap();
+    let own = Mkc::zeroed().with(Mkc::PD, rig.pd);
+    rig.hca
+        .post_registration(&mut rig.qps[0], key, mask::FREE | mask::PD, &own, &[])
+        .unwrap();
+    assert_eq!(rig.completion(0).syndrome(), Some(Syndrome::MW_BIND));
 }
 
 #[test]

@@ -39,6 +39,8 @@ pub(super) struct ShardOwner<'a> {
     pub(super) hca: &'a Hca,
     pub(super) port: &'a mut Port,
     pub(super) qps: &'a mut Qps,
+    /// Queue pairs that have ended a request with an error: their receive queues may have to be flushed later.
+    pub(super) failed: &'a mut Vec<u32>,
 }
 
 /// A queue pair that the transport knows.
@@ -163,6 +165,12 @@ impl ShardOwner<'_> {
             Answer::Done(())
         } else {
             Answer::Failed(Status::LocalLength)
+        }
+    }
+
+    fn note(&mut self, qpn: u32, status: Status) {
+        if status != Status::Success && !self.failed.contains(&qpn) {
+            self.failed.push(qpn);
         }
     }
 
@@ -307,7 +315,8 @@ impl Owner for ShardOwner<'_> {
         };
         cqe.sop_drop_qpn = (opcode << 24 | qp.qpn).into();
         cqe.byte_cnt = request.len.into();
-        let cq = qp.send_cq.clone();
+        let (cq, qpn) = (qp.send_cq.clone(), qp.qpn);
+        self.note(qpn, status);
         self.post(cq, &cqe, false);
     }
 
@@ -409,6 +418,7 @@ impl Owner for ShardOwner<'_> {
 
     fn complete_receive(&mut self, id: QpId, receive: &Receive, received: &Received) {
         let shared = self.shared(receive.token);
+        self.note(id.qpn.get(), received.status);
         let qp = find(self.qps, id);
         let counter = receive.token as u16;
         let opcode = match (received.write, received.immediate, received.invalidated) {

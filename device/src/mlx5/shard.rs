@@ -106,7 +106,16 @@ struct State {
     /// By number; what is found is a place in `qps`.
     keys: HashMap<u32, u32>,
     qps: Qps,
+    /// Queue pairs that may be in the error state.
+    failed: Vec<u32>,
+    /// Until their receive queues are looked at again.
+    pause: Duration,
 }
+
+/// How often a queue pair in the error state is looked at for receive requests, which no doorbell tells of: at first,
+/// and when nothing has come for long.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(128);
 
 impl State {
     fn key(&self, qpn: u32) -> Result<usize, Status> {
@@ -125,8 +134,35 @@ impl State {
             hca,
             port: &mut self.port,
             qps: &mut self.qps,
+            failed: &mut self.failed,
         };
         (&mut self.transport, owner)
+    }
+
+    /// Flushes what was posted to queue pairs in the error state. When to look again.
+    fn flush(&mut self, hca: &Hca) -> Option<Duration> {
+        if self.failed.is_empty() {
+            self.pause = SHORTEST_PAUSE;
+            return None;
+        }
+        let transport = &self.transport;
+        let in_error = |qpn: u32| {
+            let status = transport.status(Qpn::new(qpn));
+            status.is_some_and(|status| status.state == TransportState::Error)
+        };
+        self.failed.retain(|qpn| in_error(*qpn));
+        let before = hca.counters.completions.load(Ordering::Relaxed);
+        for qpn in self.failed.clone() {
+            let (transport, mut owner) = self.parts(hca);
+            transport.flush(Qpn::new(qpn), &mut owner);
+        }
+        let busy = hca.counters.completions.load(Ordering::Relaxed) != before;
+        self.pause = if busy {
+            SHORTEST_PAUSE
+        } else {
+            (self.pause * 2).min(LONGEST_PAUSE)
+        };
+        (!self.failed.is_empty()).then_some(self.pause)
     }
 }
 
@@ -142,6 +178,8 @@ impl Shard {
                 transport: Transport::default(),
                 keys: HashMap::new(),
                 qps: Vec::new(),
+                failed: Vec::new(),
+                pause: SHORTEST_PAUSE,
             }),
         }
     }
@@ -188,6 +226,7 @@ impl Shard {
         state.transport = Transport::default();
         state.keys.clear();
         state.qps.clear();
+        state.failed.clear();
         self.arrivals.clear();
         let mut letters = self.inbox.letters();
         letters.rings.clear();
@@ -213,10 +252,13 @@ impl Shard {
                 shard: self.number,
             };
             let poll = transport.poll(hca.now(), &mut owner, &mut link);
+            let next = transport.poll_at().map(|at| hca.now().until(at));
+            let flush = state.flush(hca);
             limit = if poll.again {
                 Some(Duration::ZERO)
             } else {
-                transport.poll_at().map(|at| hca.now().until(at))
+                // The earlier of the two.
+                next.into_iter().chain(flush).min()
             };
         }
     }

@@ -3,7 +3,7 @@
 //! It does what the kernel's driver does, in the same order (reference 1.1), through a [`Backing`]. The HCA's memory is
 //! one memfd, which is read and written through the file.
 //!
-//! Not implemented: UMR, shared receive queues, XRC, more than one UAR, anything that needs a subnet manager.
+//! Not implemented: shared receive queues, XRC, more than one UAR, anything that needs a subnet manager.
 
 mod command;
 mod error;

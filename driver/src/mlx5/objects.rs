@@ -237,6 +237,23 @@ impl Hca {
         })
     }
 
+    /// A free key with room for `pages` translations, for [`Hca::post_registration`].
+    ///
+    /// # Errors
+    /// What the HCA says.
+    pub fn free_key(&self, pd: u32, pages: u32) -> Result<MemoryKey, Mlx5Error> {
+        let context = Mkc::zeroed()
+            .with(Mkc::FREE, 1)
+            .with(Mkc::UMR_ENABLE, 1)
+            .with(Mkc::MODE_LOW, u32::from(AccessMode::MTT.0))
+            .with(Mkc::QPN, ANY_QP)
+            .with(Mkc::PD, pd)
+            .with(Mkc::TRANSLATIONS, pages.div_ceil(2));
+        let input = input(&CreateMkey::zeroed().0, 0x10, &context.0, &[]);
+        let index = made(&self.command(Opcode::CREATE_MKEY, 0, &input, 16)?);
+        Ok(MemoryKey { key: index << 8 })
+    }
+
     /// Destroys a key: when this returns nothing is accessed through it.
     ///
     /// # Errors

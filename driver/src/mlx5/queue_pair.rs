@@ -2,9 +2,11 @@
 
 use protos::mlx5::cmd::Opcode;
 use protos::mlx5::commands::{ModifyQp, QP_CONTEXT};
+use protos::mlx5::mkey::Mkc;
 use protos::mlx5::qp::{Ads, PRIMARY_PATH, Qpc, ServiceType, opt};
 use protos::mlx5::wqe::{
     self, AV_EXTENDED, AddressVector, Atomic, BLOCK, CE_ALWAYS, Control, Data, RemoteAddress, SEGMENT,
+    UMR_INLINE, UmrControl,
 };
 use protos::mlx5::{Layout, uar};
 use zerocopy::{FromZeros, IntoBytes};
@@ -252,13 +254,40 @@ impl Hca {
             }
         };
         body.extend_from_slice(data(key, va, len).as_bytes());
+        self.post(qp, opcode, imm, &body)
+    }
+
+    /// Posts a UMR that changes the key of this index: the mask and the new values, and translations in the request
+    /// itself. A completion is always wanted.
+    ///
+    /// # Errors
+    /// The doorbell.
+    pub fn post_registration(
+        &self,
+        qp: &mut QueuePair,
+        key: MemoryKey,
+        mask: u64,
+        values: &Mkc,
+        pages: &[u64],
+    ) -> Result<u16, Mlx5Error> {
+        let mut table: Vec<u8> = pages.iter().flat_map(|page| page.to_be_bytes()).collect();
+        table.resize(table.len().next_multiple_of(BLOCK), 0);
+        let mut umr = UmrControl::new_zeroed();
+        umr.flags = UMR_INLINE;
+        umr.xlt_octowords = ((table.len() / SEGMENT) as u16).into();
+        umr.mkey_mask = mask.into();
+        let body = [umr.as_bytes(), &values.0, &table].concat();
+        self.post(qp, wqe::Opcode::UMR, key.key, &body)
+    }
+
+    fn post(&self, qp: &mut QueuePair, opcode: wqe::Opcode, imm: u32, body: &[u8]) -> Result<u16, Mlx5Error> {
         let index = qp.sent;
         let segments = 1 + body.len() / SEGMENT;
         let mut control = Control::new(opcode, index, qp.number, segments as u8);
         control.fm_ce_se = CE_ALWAYS;
         control.imm = imm.into();
         let mut bytes = control.as_bytes().to_vec();
-        bytes.extend_from_slice(&body);
+        bytes.extend_from_slice(body);
         bytes.resize(bytes.len().next_multiple_of(BLOCK), 0);
         let begin = qp.region.iova + (1u64 << (qp.log_entries + LOG_RECEIVE));
         let mask = (1u64 << (qp.log_entries + 1)) - 1;
