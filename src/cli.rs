@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use ::device::fabric::FabricUrl;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::bench::Case;
@@ -278,6 +279,13 @@ pub struct DeviceArgs {
     /// mlx5: which PCI function it is.
     #[arg(long, value_enum, default_value_t = HcaFunction::Pf)]
     pub function: HcaFunction,
+    /// mlx5: what the port is connected to: inside (this process only), listen:unix:PATH or listen:tcp:HOST:PORT
+    /// (others join), unix:PATH or tcp:HOST:PORT (join that one).
+    #[arg(long, value_name = "URL", default_value = "inside")]
+    pub fabric: FabricUrl,
+    /// mlx5: node GUID, in hexadecimal; on a fabric each one once. Default: from the socket's path.
+    #[arg(long, value_name = "HEX", value_parser = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16))]
+    pub node_guid: Option<u64>,
     /// mlx5: worker threads.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=16))]
     pub workers: u32,
@@ -509,6 +517,29 @@ pub enum BenchCommand {
     Mmio(MmioArgs),
     /// What the three ways to notice a store cost (`--doorbell trap|bell|poll`), and an idle device.
     Doorbell(DoorbellArgs),
+    /// What the InfiniBand transport and fabric inside a process cost, against memcpy.
+    Rdma(RdmaArgs),
+}
+
+/// Options of `bench rdma`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Transport and fabric alone, without a guest: queue pairs on one thread that is both ends, and on two threads. Bandwidth
+against memcpy of the same bytes, small messages against one queue pair, in ABBA blocks: the median of the paired
+ratios with its 95% bootstrap interval. Targets are met or not met; the exit code does not depend on them.
+
+Example:
+  tlbridge bench rdma --json rdma.json")]
+pub struct RdmaArgs {
+    /// Write the result as one JSON object to a file (`-` = stdout instead of the table).
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Few blocks: to see that it works, not to publish.
+    #[arg(long)]
+    pub quick: bool,
+    /// Seed of the bootstrap.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
 }
 
 /// Options of `bench doorbell`.

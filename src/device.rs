@@ -1,9 +1,11 @@
 //! `tlbridge device`: one device, served on a socket.
 
 use std::ffi::OsString;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 use std::sync::Arc;
 
+use ::device::fabric::Fabric;
 use ::device::faults::{BreakPlan, FaultPlan};
 use ::device::gru::{Gru, GruConfig};
 use ::device::mlx5::{FunctionKind, Mlx5, Mlx5Config};
@@ -61,7 +63,7 @@ pub fn run(args: &DeviceArgs) -> Result<()> {
             (function, "a GRU")
         }
         ModelName::Mlx5 => {
-            let config = hca_config(args);
+            let config = hca_config(args)?;
             let function =
                 Function::new(|context| Mlx5::new(context, config).map(|hca| -> Arc<dyn Model> { hca }))
                     .context("cannot build the HCA")?;
@@ -99,16 +101,31 @@ pub fn run(args: &DeviceArgs) -> Result<()> {
     result
 }
 
-fn hca_config(args: &DeviceArgs) -> Mlx5Config {
-    Mlx5Config {
+/// # Errors
+/// The fabric cannot be opened.
+fn hca_config(args: &DeviceArgs) -> Result<Mlx5Config> {
+    let node_guid = args.node_guid.unwrap_or_else(|| {
+        let mut hasher = DefaultHasher::new();
+        std::path::absolute(&args.socket)
+            .unwrap_or_else(|_| args.socket.clone())
+            .hash(&mut hasher);
+        // Even: the port has the next one.
+        OUI << 40 | (hasher.finish() & 0xff_ffff_fffe)
+    });
+    let fabric = Fabric::open(&args.fabric).context("cannot open the fabric (--fabric)")?;
+    Ok(Mlx5Config {
+        node_guid,
+        fabric,
         function: match args.function {
             HcaFunction::Pf => FunctionKind::Pf,
             HcaFunction::Vf => FunctionKind::Vf,
         },
         workers: args.workers as usize,
-        ..Mlx5Config::default()
-    }
+    })
 }
+
+/// The vendor's part of a GUID.
+const OUI: u64 = 0x0002c9;
 
 fn config(args: &DeviceArgs) -> GruConfig {
     let mut broken = BreakPlan::default();

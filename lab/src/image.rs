@@ -26,7 +26,7 @@ impl Lab {
         let place = self.image_place();
         ensure!(
             place.is_file(),
-            "no root image in {}: `cargo xtask lab --image` or `tlbridge vm --guest debian` make one",
+            "no root image in {}: `cargo xtask lab --all` or `tlbridge vm --guest debian` make one",
             self.directory().display()
         );
         Ok(place)
@@ -147,7 +147,8 @@ fn recipe() -> Recipe {
             "util-linux",
         ],
     );
-    recipe.added = fnv(RUNNER);
+    // What is done with the packages stands in this file.
+    recipe.added = fnv(RUNNER) ^ fnv(include_bytes!("image.rs"));
     recipe
 }
 

@@ -5,6 +5,7 @@ pub mod doorbell;
 pub mod mmio;
 mod monitor;
 mod placement;
+pub mod rdma;
 mod report;
 mod statistics;
 pub mod subject;

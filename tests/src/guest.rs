@@ -72,6 +72,21 @@ impl Rig {
         Ok(files)
     }
 
+    /// The files for a guest whose commands run in the root image, and the image.
+    ///
+    /// # Errors
+    /// There is no image: the reason of a visible skip.
+    ///
+    /// # Panics
+    /// As [`Rig::initramfs`].
+    pub fn image_initramfs(&self) -> Result<(Initramfs, PathBuf), String> {
+        let image = self.lab.find_image().map_err(|error| format!("{error:#}"))?;
+        let mut files = self.initramfs();
+        files.enter_image(&self.lab, &self.kernel).unwrap();
+        files.add_rdma_modules(&self.lab, &self.kernel).unwrap();
+        Ok((files, image))
+    }
+
     /// A guest with these files and devices, not yet running. Its log is named after the test.
     ///
     /// # Panics

@@ -54,10 +54,11 @@ fn rig(service: Service) -> Rig {
     let cqs = [0, 1].map(|_| hca.completion_queue(6, &eq).unwrap());
     let mut qps = [0, 1].map(|side: usize| hca.queue_pair(service, pd, 5, &cqs[side], &cqs[side]).unwrap());
     let numbers = [qps[0].number(), qps[1].number()];
+    let lid = hca.lid().unwrap();
     for (side, qp) in qps.iter_mut().enumerate() {
         let to = Connection {
             qpn: numbers[1 - side],
-            lid: 1,
+            lid,
             retries: 7,
             timeout: 14,
         };
@@ -204,8 +205,9 @@ fn test_datagram_when_received_has_its_source() {
     let sent = rig.fill(0, 9, 1000);
     let key = rig.keys[1];
     rig.hca.post_receive(&mut rig.qps[1], key, VA, 4096);
+    let lid = rig.hca.lid().unwrap();
     let (to, qkey) = (rig.qps[1].number(), rig.hca.q_key(&rig.qps[1]).unwrap());
-    rig.send(SendRequest::Datagram(to, 1, qkey), VA, 1000);
+    rig.send(SendRequest::Datagram(to, lid, qkey), VA, 1000);
     assert_eq!(rig.completion(0).opcode(), CqeOpcode::REQUESTER);
     let cqe = rig.completion(1);
     assert_eq!(
@@ -213,7 +215,7 @@ fn test_datagram_when_received_has_its_source() {
         (CqeOpcode::RESPONDER_SEND, 1040)
     );
     assert_eq!(cqe.flags_rqpn.get() & 0xff_ffff, rig.qps[0].number());
-    assert_eq!((cqe.slid.get(), rig.contents(1, 40, 1000)), (1, sent));
+    assert_eq!((cqe.slid.get(), rig.contents(1, 40, 1000)), (lid, sent));
 }
 
 #[test]
@@ -418,7 +420,7 @@ fn test_send_when_nobody_receives_ends_after_its_retries() {
         .unwrap();
     let connection = Connection {
         qpn: to ^ 0x4000,
-        lid: 1,
+        lid: rig.hca.lid().unwrap(),
         retries: 1,
         timeout: 8,
     };
@@ -446,7 +448,7 @@ fn test_reset_when_queues_are_busy_leaves_nothing_and_a_driver_that_comes_up_aga
         let mut qp = hca.queue_pair(Service::Rc, pd, 5, &cq, &cq).unwrap();
         let to = Connection {
             qpn: qp.number(),
-            lid: 1,
+            lid: hca.lid().unwrap(),
             retries: 7,
             timeout: 14,
         };

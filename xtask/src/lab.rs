@@ -8,12 +8,12 @@ use std::time::Instant;
 /// What cannot be had: what would use it, and why.
 pub type Missing = Vec<String>;
 
-/// Finds or makes the parts of the lab, the root image if it is wanted, and says what there is. What the machine or the network lacks is not
+/// Finds or makes the parts of the lab, the backports' kernel and the root image if `whole`, and says what there is. What the machine or the network lacks is not
 /// an error but in the list that is returned.
 ///
 /// # Errors
 /// No place for a lab.
-pub fn provide(image: bool) -> anyhow::Result<Missing> {
+pub fn provide(whole: bool) -> anyhow::Result<Missing> {
     let begin = Instant::now();
     let lab = Lab::locate()?;
     println!("lab: {}", lab.directory().display());
@@ -61,7 +61,11 @@ pub fn provide(image: bool) -> anyhow::Result<Missing> {
     if let Err(error) = lab.provide_rdma() {
         missing.push(format!("tests with RDMA programs in guests: {error:#}"));
     }
-    if image {
+    if whole {
+        match lab.provide_kernel(Series::Backports) {
+            Ok(kernel) => println!("lab: {}", kernel.modules.unwrap_or_default().display()),
+            Err(error) => missing.push(format!("tests with the backports' kernel: {error:#}")),
+        }
         match lab.provide_image() {
             Ok(image) => println!("lab: {}", image.display()),
             Err(error) => missing.push(format!("tests with rdma-core's own tests in a guest: {error:#}")),
@@ -75,8 +79,8 @@ pub fn provide(image: bool) -> anyhow::Result<Missing> {
 ///
 /// # Errors
 /// As [`provide`].
-pub fn run(image: bool) -> anyhow::Result<bool> {
-    let missing = provide(image)?;
+pub fn run(whole: bool) -> anyhow::Result<bool> {
+    let missing = provide(whole)?;
     for what in &missing {
         println!("lab: unavailable: {what}");
     }

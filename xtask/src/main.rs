@@ -37,11 +37,12 @@ enum Task {
         #[arg(long, default_value_t = 30)]
         fuzz_minutes: u64,
     },
-    /// Find or make what guests take, below target/lab: a QEMU with vfio-user-pci, a stock kernel, modules.
+    /// Find or make what guests take, below target/lab: a QEMU with vfio-user-pci, a stock kernel, modules,
+    /// RDMA programs.
     Lab {
-        /// Make the root image as well.
+        /// What not every guest takes, too: the backports' kernel, and the root image with rdma-core's own tests.
         #[arg(long)]
-        image: bool,
+        all: bool,
     },
     /// Check the direction of the dependencies between the crates.
     Layering,
@@ -54,7 +55,7 @@ fn main() -> ExitCode {
             minutes,
             fuzz_minutes,
         } => tiers::soak(minutes, fuzz_minutes),
-        Task::Lab { image } => lab::run(image),
+        Task::Lab { all } => lab::run(all),
         Task::Layering => layering::check().map(|()| true),
     };
     match result {

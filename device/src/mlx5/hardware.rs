@@ -11,14 +11,15 @@ use super::commands::{self, Execution};
 use super::cq::Cq;
 use super::eq::Eq;
 use super::iseg::InitSegment;
-use super::mad::{self, PortView};
 use super::memory::Port;
 use super::mkey::Mkeys;
+use super::port::{Capabilities, PORT, PortView};
 use super::shard::Shard;
 use super::srq::Srq;
 use super::uar::Doorbell;
 use super::{Mlx5Config, cmdq};
 use crate::atc::Atc;
+use crate::fabric::Adapter;
 use crate::model::ModelContext;
 use crate::pci::Interrupts;
 use crate::transport::Time;
@@ -44,7 +45,8 @@ pub(super) struct Hca {
     /// First half of a CQ arm that came in two stores, by UAR page.
     arm_halves: Box<[AtomicU32]>,
     /// What the driver says that it can do on the port (PortInfo's capability mask).
-    pub(super) port_capabilities: AtomicU32,
+    pub(super) port_capabilities: Capabilities,
+    pub(super) adapter: Adapter,
     pub(super) counters: Counters,
 }
 
@@ -110,7 +112,7 @@ impl Objects {
 }
 
 impl Hca {
-    pub(super) fn new(config: Mlx5Config, context: ModelContext, atc: Arc<Atc>, shards: Vec<Shard>) -> Self {
+    pub(super) fn new(config: Mlx5Config, context: ModelContext, atc: Arc<Atc>, adapter: Adapter, shards: Vec<Shard>) -> Self {
         let words = |count: u32| (0..count).map(|_| AtomicU32::new(0)).collect();
         Self {
             execution: Mutex::new(Execution::new(&config)),
@@ -124,7 +126,8 @@ impl Hca {
             shards,
             doors: words(1 << commands::LOG_MAX_QP),
             arm_halves: words(pci::END_UAR),
-            port_capabilities: AtomicU32::new(mad::CAPABILITIES),
+            port_capabilities: Capabilities::default(),
+            adapter,
             counters: Counters::default(),
         }
     }
@@ -147,19 +150,10 @@ impl Hca {
         }
     }
 
-    /// What management is told of the port.
+    /// The port as it stands.
     pub(super) fn port_view(&self) -> PortView {
-        PortView {
-            node_guid: self.config.node_guid,
-            port_guid: self.config.node_guid + 1,
-            subnet_prefix: 0xfe80 << 48,
-            lid: 1,
-            sm_lid: 1,
-            state: 4,
-            device_id: pci::DEVICE_PF,
-            capabilities: self.port_capabilities.load(Ordering::SeqCst),
-            description: "tlbridge HCA",
-        }
+        let status = self.adapter.port(PORT).expect("the adapter was made with this port");
+        PortView::of(&status)
     }
 
     /// For `tlbridge inspect`.

@@ -9,7 +9,7 @@
 //!
 //! # What is not implemented
 //! On-demand paging, CQ moderation and resize, BlueFlame, DC, DevX, device memory, signature, Ethernet ports, more than
-//! one port, a network: packets go from the HCA to itself. None of that is advertised.
+//! one port. None of that is advertised.
 
 mod access;
 mod buffer;
@@ -19,12 +19,11 @@ mod cq;
 mod eq;
 mod hardware;
 mod iseg;
-mod link;
-mod mad;
 mod memory;
 mod mkey;
 mod numbers;
 mod owner;
+mod port;
 mod qp;
 mod shard;
 mod srq;
@@ -36,13 +35,15 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use protos::ib::Pkey;
 use protos::mlx5::{iseg as iseg_words, pci};
 
 use crate::atc::{Atc, AtcConfig};
+use crate::fabric::{AdapterConfig, AttachError, Fabric, PortChange, PortEvents, Wake};
 use crate::model::{AccessError, BarSpec, Identity, Model, ModelContext, MsixSpec};
 use hardware::Hca;
 use memory::Port;
-use shard::Shard;
+use shard::{Inbox, Shard};
 
 /// Which PCI function the HCA is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -55,14 +56,16 @@ pub enum FunctionKind {
 }
 
 /// How the model is built.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Mlx5Config {
     /// Identity.
     pub function: FunctionKind,
     /// Worker threads, 1 to [`MAX_WORKERS`].
     pub workers: usize,
-    /// Node GUID; the port's is one more.
+    /// Node GUID; the port's is one more. Different on each HCA of a fabric.
     pub node_guid: u64,
+    /// What the port is connected to.
+    pub fabric: Fabric,
 }
 
 impl Default for Mlx5Config {
@@ -71,6 +74,7 @@ impl Default for Mlx5Config {
             function: FunctionKind::Pf,
             workers: 2,
             node_guid: 0x0002_c903_00fe_0000,
+            fabric: Fabric::new(),
         }
     }
 }
@@ -84,9 +88,21 @@ pub enum Mlx5Error {
     /// Number of workers.
     #[error("{0} worker threads: give 1 to {MAX_WORKERS}")]
     Workers(usize),
+    /// The port.
+    #[error("the port cannot be attached to its fabric: {0}")]
+    Attach(#[from] AttachError),
     /// A thread.
     #[error("cannot start a thread of the HCA: {0}")]
     Thread(#[from] io::Error),
+}
+
+/// Tells the first worker, which tells the driver.
+struct PortNews(Arc<Inbox>);
+
+impl PortEvents for PortNews {
+    fn changed(&self, port: u8, change: PortChange) {
+        self.0.port_changed(port, change);
+    }
 }
 
 /// The HCA model. Dropping it ends its threads.

@@ -10,7 +10,7 @@ use protos::mlx5::wqe;
 
 use super::buffer::Buffer;
 use super::cq::Cq;
-use super::mad::PortView;
+use super::port::PortView;
 use super::srq::Srq;
 use super::wqe::Parsed;
 use crate::transport::{Attributes, Global, Path};
@@ -177,7 +177,7 @@ fn way(path: &Ads, port: &PortView) -> Path {
     dgid[8..].copy_from_slice(&path.wide(Ads::RGID_L).to_be_bytes());
     Path {
         port: 1,
-        slid: Lid(port.lid | (path.get(Ads::MLID) as u16)),
+        slid: port.source(path.get(Ads::MLID)),
         dlid: Lid(path.get(Ads::RLID) as u16),
         sl: path.get(Ads::SL) as u8,
         global: path.is_set(Ads::GRH).then(|| Global {

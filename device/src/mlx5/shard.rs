@@ -2,20 +2,24 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use protos::ib::{Gid, Qpn, ServiceType as Service};
 use protos::mlx5::Layout;
 use protos::mlx5::cmd::{Opcode, Status};
+use protos::mlx5::eq::{Eqe, Event, port_change};
 use protos::mlx5::qp::{Qpc, ServiceType, State as QpState};
 
 use super::hardware::Hca;
-use super::link::{Arrivals, Loopback};
 use super::memory::Port;
 use super::owner::{Qps, ShardOwner};
 use super::qp::{Changes, Qp, merge, transition};
-use crate::transport::{Settings, State as TransportState, Transport};
+use crate::fabric::{Endpoint, PortChange, Wake};
+use crate::transport::{Link, Settings, State as TransportState, Time, Transport};
+
+/// Changes of the port that wait to be told.
+const MOST_CHANGES: usize = 16;
 
 /// What the thread that serves the client, and the fabric, tell a worker.
 #[derive(Debug, Default)]
@@ -32,6 +36,8 @@ struct Letters {
     arms: HashMap<u32, u32>,
     /// A packet has come, or something else that only a look tells.
     woken: bool,
+    /// What became of the port.
+    ports: Vec<(u8, PortChange)>,
     stop: bool,
 }
 
@@ -40,6 +46,13 @@ struct Letters {
 struct Mail {
     rings: HashSet<u32>,
     arms: HashMap<u32, u32>,
+    ports: Vec<(u8, PortChange)>,
+}
+
+impl Wake for Inbox {
+    fn wake(&self) {
+        self.put(|letters| letters.woken = true);
+    }
 }
 
 impl Inbox {
@@ -52,9 +65,15 @@ impl Inbox {
         self.rung.notify_one();
     }
 
-    /// Somebody looks at everything again.
-    pub(super) fn wake(&self) {
-        self.put(|letters| letters.woken = true);
+    /// The port changed.
+    pub(super) fn port_changed(&self, port: u8, change: PortChange) {
+        self.put(|letters| {
+            // Only the last state counts, but a driver that was told of an end is told of a beginning, too.
+            if letters.ports.len() >= MOST_CHANGES {
+                letters.ports.remove(0);
+            }
+            letters.ports.push((port, change));
+        });
     }
 
     /// Waits until there is something, or `limit` has passed. `None` at the end.
@@ -65,6 +84,7 @@ impl Inbox {
             && !letters.woken
             && letters.rings.is_empty()
             && letters.arms.is_empty()
+            && letters.ports.is_empty()
         {
             letters = match limit {
                 None => self.rung.wait(letters).unwrap_or_else(PoisonError::into_inner),
@@ -83,6 +103,7 @@ impl Inbox {
         Some(Mail {
             rings: std::mem::take(&mut letters.rings),
             arms: std::mem::take(&mut letters.arms),
+            ports: std::mem::take(&mut letters.ports),
         })
     }
 }
@@ -90,9 +111,7 @@ impl Inbox {
 /// A share of the queue pairs.
 #[derive(Debug)]
 pub(super) struct Shard {
-    number: usize,
-    pub(super) inbox: Inbox,
-    pub(super) arrivals: Arrivals,
+    inbox: Arc<Inbox>,
     /// Commands that wait for `state`: the worker lets them in.
     visitors: AtomicU32,
     state: Mutex<State>,
@@ -102,6 +121,7 @@ pub(super) struct Shard {
 #[derive(Debug)]
 struct State {
     port: Port,
+    endpoint: Endpoint,
     transport: Transport,
     /// By number; what is found is a place in `qps`.
     keys: HashMap<u32, u32>,
@@ -129,14 +149,14 @@ impl State {
     }
 
     /// The transport, and what it asks.
-    fn parts<'a>(&'a mut self, hca: &'a Hca) -> (&'a mut Transport, ShardOwner<'a>) {
+    fn parts<'a>(&'a mut self, hca: &'a Hca) -> (&'a mut Transport, ShardOwner<'a>, &'a mut Endpoint) {
         let owner = ShardOwner {
             hca,
             port: &mut self.port,
             qps: &mut self.qps,
             failed: &mut self.failed,
         };
-        (&mut self.transport, owner)
+        (&mut self.transport, owner, &mut self.endpoint)
     }
 
     /// Flushes what was posted to queue pairs in the error state. When to look again.
@@ -153,7 +173,7 @@ impl State {
         self.failed.retain(|qpn| in_error(*qpn));
         let before = hca.counters.completions.load(Ordering::Relaxed);
         for qpn in self.failed.clone() {
-            let (transport, mut owner) = self.parts(hca);
+            let (transport, mut owner, _) = self.parts(hca);
             transport.flush(Qpn::new(qpn), &mut owner);
         }
         let busy = hca.counters.completions.load(Ordering::Relaxed) != before;
@@ -167,14 +187,13 @@ impl State {
 }
 
 impl Shard {
-    pub(super) fn new(number: usize, port: Port) -> Self {
+    pub(super) fn new(inbox: Arc<Inbox>, port: Port, endpoint: Endpoint) -> Self {
         Self {
-            number,
-            inbox: Inbox::default(),
-            arrivals: Arrivals::default(),
+            inbox,
             visitors: AtomicU32::new(0),
             state: Mutex::new(State {
                 port,
+                endpoint,
                 transport: Transport::default(),
                 keys: HashMap::new(),
                 qps: Vec::new(),
@@ -227,7 +246,8 @@ impl Shard {
         state.keys.clear();
         state.qps.clear();
         state.failed.clear();
-        self.arrivals.clear();
+        // Packets for queue pairs of before.
+        while state.endpoint.receive(Time::ZERO).is_some() {}
         let mut letters = self.inbox.letters();
         letters.rings.clear();
         letters.arms.clear();
@@ -243,15 +263,14 @@ impl Shard {
                     cq.arm(&mut state.port, &hca.interrupts, word);
                 }
             }
-            let (transport, mut owner) = state.parts(hca);
+            for (port, change) in mail.ports {
+                tell(hca, &mut state.port, port, change);
+            }
+            let (transport, mut owner, link) = state.parts(hca);
             for qpn in mail.rings {
                 transport.ring(Qpn::new(qpn));
             }
-            let mut link = Loopback {
-                hca,
-                shard: self.number,
-            };
-            let poll = transport.poll(hca.now(), &mut owner, &mut link);
+            let poll = transport.poll(hca.now(), &mut owner, link);
             let next = transport.poll_at().map(|at| hca.now().until(at));
             let flush = state.flush(hca);
             limit = if poll.again {
@@ -367,7 +386,7 @@ impl Shard {
             QpState::RTS => TransportState::Rts,
             _ => TransportState::Error,
         };
-        let (transport, mut owner) = state.parts(hca);
+        let (transport, mut owner, _) = state.parts(hca);
         transport
             .modify(Qpn::new(qpn), target, &attributes, &mut owner)
             .map_err(|error| {
@@ -410,6 +429,18 @@ impl Shard {
     pub(super) fn stats(&self) -> serde_json::Value {
         serde_json::json!(self.visit().transport.stats())
     }
+}
+
+/// An event of the port.
+fn tell(hca: &Hca, memory: &mut Port, port: u8, change: PortChange) {
+    let sub_type = match change {
+        PortChange::Up => port_change::ACTIVE,
+        PortChange::Down => port_change::DOWN,
+        PortChange::LidChanged => port_change::LID,
+    };
+    // The port's number is in the upper half of the ninth byte.
+    let eqe = Eqe::new(Event::PORT_CHANGE, sub_type).with(2, u32::from(port) << 28);
+    hca.event(memory, Event::PORT_CHANGE, &eqe);
 }
 
 /// The driver's code of a state.

@@ -8,7 +8,7 @@ use protos::mlx5::wqe::{
 };
 use zerocopy::FromBytes;
 
-use super::mad::PortView;
+use super::port::PortView;
 use crate::transport::{Action, Datagram, Fence, Global, Path, Remote, Request};
 
 /// [`Request::cookie`]: a completion is wanted.
@@ -247,7 +247,7 @@ fn datagram(bytes: &[u8], port: &PortView) -> Option<(Datagram, usize)> {
     let datagram = Datagram {
         path: Path {
             port: 1,
-            slid: Lid(port.lid | u16::from(av.fl_mlid & 0x7f)),
+            slid: port.source(u32::from(av.fl_mlid & 0x7f)),
             dlid: Lid(av.rlid.get()),
             sl: av.stat_rate_sl & 0xf,
             global,
@@ -267,15 +267,10 @@ mod tests {
 
     fn port() -> PortView {
         PortView {
-            node_guid: 1,
-            port_guid: 2,
-            subnet_prefix: 0xfe80 << 48,
-            lid: 1,
-            sm_lid: 1,
-            state: 4,
-            device_id: 0,
-            capabilities: 0,
-            description: "",
+            lid: Lid(1),
+            sm_lid: Lid(1),
+            active: true,
+            gid: Gid::NONE,
         }
     }
 

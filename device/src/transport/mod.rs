@@ -139,6 +139,11 @@ impl Transport {
         &self.core.pool
     }
 
+    #[cfg(test)]
+    fn timers(&self) -> usize {
+        self.core.timers.len()
+    }
+
     fn find(&mut self, qpn: Qpn) -> Result<(&mut Qp, &mut Core), TransportError> {
         let slot = self.table.slot(qpn).ok_or(TransportError::Unknown(qpn))?;
         let qp = self.table.get(slot).ok_or(TransportError::Unknown(qpn))?;
@@ -262,6 +267,11 @@ impl Transport {
                 qp.receive.held.refused = refused;
                 true
             }
+            // A page of the receive queue that cannot be had ends the flush.
+            Side::Receive if qp.receive.flushing => {
+                qp.receive.flushing = refused.is_none();
+                refused.is_none()
+            }
             Side::Read if qp.receive.read_parked => {
                 qp.receive.read_refused = refused;
                 true
@@ -321,7 +331,6 @@ impl Transport {
     pub fn poll(&mut self, now: Time, owner: &mut impl Owner, link: &mut impl Link) -> Poll {
         self.relist();
         self.resume_all(now, owner);
-        self.run_timers(now, owner);
         let mut received = 0;
         let mut bytes = 0;
         let (batch, budget) = (
@@ -335,6 +344,10 @@ impl Transport {
             received += 1;
             bytes += packet.data().len();
             self.take(packet, now, owner);
+        }
+        if received < batch && bytes <= budget {
+            // Only with nothing left to read: an answer that has come counts, however late this thread looks.
+            self.run_timers(now, owner);
         }
         let turns = self.answer(now, owner, link) + self.send(now, owner, link);
         Poll {
@@ -369,6 +382,7 @@ impl Transport {
             match side {
                 Side::Send => qp.send.parked = false,
                 Side::Response => requester::unhold(qp, core, owner, now),
+                Side::Receive if qp.receive.flushing => responder::flush_posted(qp, core, owner),
                 Side::Receive if qp.service == ServiceType::Ud => {
                     responder::unhold_datagrams(qp, core, owner);
                 }

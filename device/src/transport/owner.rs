@@ -15,7 +15,7 @@ pub struct QpId {
 ///
 /// `Parked`: a page is absent. The owner has told whoever can bring it (a page fault) and calls
 /// [`super::Transport::resume`] afterwards, once for each `Parked`, from wherever; nothing else of the queue pair's
-/// same [`Side`] is asked until then. The question is then asked again from the byte where it stopped.
+/// same [`Side`] is asked until then, but for a flush ([`Owner::fetch`], [`Owner::take_receive`]). The question is then asked again from the byte where it stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer<T = ()> {
     /// Done.

@@ -82,23 +82,26 @@ impl Packet {
         }
     }
 
-    /// Drops the first `packets` packets, of which something must remain.
-    ///
-    /// # Panics
-    /// When nothing would remain.
-    pub fn skip(&mut self, packets: u32) {
-        assert!(packets < self.count, "skip {packets} of {} packets", self.count);
+    /// Drops the first `packets` packets. `false`, and nothing dropped: there are not so many, or the payload is
+    /// shorter than the count says.
+    #[must_use]
+    pub fn skip(&mut self, packets: u32) -> bool {
+        let bytes = u64::from(packets) * u64::from(self.mtu.bytes());
+        if packets >= self.count || self.payload.as_ref().is_some_and(|p| (p.len() as u64) < bytes) {
+            return false;
+        }
         if packets == 0 {
-            return;
+            return true;
         }
         self.psn = self.psn.add(packets);
         self.count -= packets;
         if let Some(payload) = &mut self.payload {
-            payload.skip((packets * self.mtu.bytes()) as usize);
+            payload.skip(bytes as usize);
         }
         if let Some((operation, ends)) = self.place() {
             self.set_place(operation, Place::new(false, ends));
         }
+        true
     }
 
     /// Whether it is one of those that have a place, and whether it ends a message.

@@ -12,6 +12,7 @@ pub const SMALL: usize = 4096;
 struct Free {
     small: Vec<Box<[u8]>>,
     large: Vec<Box<[u8]>>,
+    made: u64,
 }
 
 /// Where buffers come from and go back to. The one that came back last is given out first: it is in the cache.
@@ -29,12 +30,19 @@ impl Default for Pool {
             free: Arc::new(Mutex::new(Free {
                 small: Vec::with_capacity(KEPT),
                 large: Vec::with_capacity(KEPT),
+                made: 0,
             })),
         }
     }
 }
 
 impl Pool {
+    /// How many buffers were allocated so far.
+    #[must_use]
+    pub fn made(&self) -> u64 {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).made
+    }
+
     /// A buffer of `len` bytes, whose contents are whatever somebody left there.
     ///
     /// # Panics
@@ -48,6 +56,7 @@ impl Pool {
         } else {
             (free.large.pop(), SEGMENT)
         };
+        free.made += u64::from(bytes.is_none());
         drop(free);
         Buffer {
             bytes: bytes.unwrap_or_else(|| vec![0; size].into()),

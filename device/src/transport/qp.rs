@@ -287,6 +287,8 @@ pub(super) struct Responder {
     /// The missing packet has been asked for.
     pub(super) nak_sent: bool,
     pub(super) established: bool,
+    /// A flush waits for a page of the receive queue.
+    pub(super) flushing: bool,
     /// Requests behind one that waits for a page ([`super::Side::Receive`]).
     pub(super) held: Held,
     pub(super) responses: VecDeque<Response>,
@@ -361,6 +363,7 @@ impl Responder {
             begun: false,
             nak_sent: false,
             established: false,
+            flushing: false,
             held: Held::default(),
             responses: VecDeque::new(),
             resources: VecDeque::new(),

@@ -87,8 +87,9 @@ fn begin(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner) -> bool {
                 qp.send.parked = true;
                 return false;
             }
-            Answer::Failed(_) | Answer::Parked { .. } => {
-                // There is nothing that a completion could name.
+            other => {
+                // There is nothing that a completion could name. (Parked again: the flush goes on when it resumes.)
+                qp.send.parked = matches!(other, Answer::Parked { .. });
                 owner.event(qp.id, Event::Fatal);
                 enter_error(qp, core, owner);
                 return false;
@@ -519,10 +520,8 @@ pub(super) fn flush(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner) {
         qp.send.next_index = request.next;
         owner.complete_send(qp.id, &request, Status::Flushed);
     }
-    if qp.send.parked {
-        // The owner is not asked about this side before it says so; the rest follows then.
-        return;
-    }
+    // (Asked although a page may be awaited: that was for what has just been ended.)
+    qp.send.parked = false;
     for _ in 0..core.config.max_flush {
         match owner.fetch(qp.id, qp.send.next_index) {
             Answer::Done(Some(request)) => {

@@ -111,7 +111,10 @@ fn sequence(
                 duplicate(qp, core, &packet, operation);
                 return false;
             }
-            packet.skip(old);
+            if !packet.skip(old) {
+                core.stats.dropped += 1;
+                return false;
+            }
             operation = packet.opcode.operation().unwrap_or(operation);
         }
         qp.receive.nak_sent = false;
@@ -302,11 +305,17 @@ pub(super) fn flush_posted(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner)
     flush_all(qp, core, owner, &flushed);
 }
 
-fn flush_all(qp: &Qp, core: &Core, owner: &mut impl Owner, flushed: &Received) {
+fn flush_all(qp: &mut Qp, core: &Core, owner: &mut impl Owner, flushed: &Received) {
+    qp.receive.flushing = false;
     for _ in 0..core.config.max_flush {
         match owner.take_receive(qp.id, None) {
             Answer::Done(Some(receive)) => owner.complete_receive(qp.id, &receive, flushed),
-            _ => return,
+            Answer::Parked { .. } => {
+                // Goes on when that resumes.
+                qp.receive.flushing = true;
+                return;
+            }
+            Answer::Done(None) | Answer::Failed(_) => return,
         }
     }
 }

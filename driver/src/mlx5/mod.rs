@@ -19,7 +19,7 @@ pub use queue_pair::{Connection, QueuePair, SendRequest, Service};
 use std::sync::Arc;
 
 use protos::mlx5::cmd::Opcode;
-use protos::mlx5::commands::{CONTEXT, Input, Output, REGISTER_HOST_ENDIANNESS};
+use protos::mlx5::commands::{CONTEXT, Input, Output, QueryHcaVportContextOut, REGISTER_HOST_ENDIANNESS};
 use protos::mlx5::{Layout, caps, iseg, pci};
 
 use crate::backing::{Backing, DmaProt};
@@ -113,6 +113,21 @@ impl Hca {
             CONTEXT + caps::SIZE,
         )?;
         Ok(output[CONTEXT..].to_vec())
+    }
+
+    /// The port's LID; 0 while it has none.
+    ///
+    /// # Errors
+    /// What the HCA says.
+    pub fn lid(&self) -> Result<u16, Mlx5Error> {
+        let output = self.command(
+            Opcode::QUERY_HCA_VPORT_CONTEXT,
+            0,
+            &[0; 8],
+            size_of::<QueryHcaVportContextOut>(),
+        )?;
+        let output = QueryHcaVportContextOut::from_prefix(&output);
+        Ok(output.get(QueryHcaVportContextOut::LID) as u16)
     }
 
     /// Ticks of the HCA's timer.

@@ -33,15 +33,23 @@ struct LrhFirst {
     vl: u8,
 }
 
+/// Declares a structure of the wire with its size.
 macro_rules! wire {
     ($(#[$meta:meta])* $name:ident, $size:literal { $($(#[$fmeta:meta])* $vis:vis $field:ident: $ty:ty),* $(,)? }) => {
         $(#[$meta])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
         #[repr(C)]
         pub struct $name { $($(#[$fmeta])* $vis $field: $ty),* }
         const _: () = assert!(size_of::<$name>() == $size);
+        impl Default for $name {
+            fn default() -> Self {
+                zerocopy::FromZeros::new_zeroed()
+            }
+        }
     };
 }
+
+pub(crate) use wire;
 
 wire! {
     /// Local route header (section 7.7).

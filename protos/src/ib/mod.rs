@@ -8,11 +8,12 @@
 
 mod address;
 mod crc;
-mod header;
+pub(crate) mod header;
 pub mod mad;
 mod opcode;
 #[cfg(test)]
 mod tests;
+pub mod trunk;
 
 pub use address::{Gid, Lid, Mtu, Pkey, Psn, Qkey, Qpn};
 pub use crc::{icrc, vcrc};

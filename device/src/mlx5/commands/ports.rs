@@ -6,19 +6,20 @@ use protos::mlx5::commands::{CONTEXT, MAD_SIZE, MadIfc, Multicast, QueryHcaVport
 
 use super::{Command, Outcome, Reply};
 use crate::mlx5::hardware::Hca;
-use crate::mlx5::mad;
+use crate::mlx5::port::PORT;
 
 pub(super) fn mad_ifc(hca: &Hca, command: Command<'_>) -> Outcome {
     let fields: MadIfc = command.layout(0)?;
     let port = fields.get(MadIfc::PORT);
-    if port != 1 {
+    if port != u32::from(PORT) {
         return Err(Status::BAD_INDEX);
     }
     let request: &[u8; MAD_SIZE] = command
         .rest(CONTEXT)
         .first_chunk()
         .ok_or(Status::BAD_INPUT_LENGTH)?;
-    let answer = mad::answer(&hca.port_view(), request);
+    let answer = hca.port_capabilities.answer(&hca.adapter, request);
+    let answer = answer.ok_or(Status::BAD_PACKET)?;
     Ok(Reply::empty().with(CONTEXT, &answer))
 }
 
@@ -26,14 +27,14 @@ pub(super) fn query_vport_context(hca: &Hca, command: Command<'_>) -> Outcome {
     let _ = command;
     let port = hca.port_view();
     let output = V::zeroed()
-        .with(V::PORT_PHYSICAL_STATE, 5)
-        .with(V::PORT_STATE, u32::from(port.state))
-        .with(V::VPORT_STATE, u32::from(port.state))
-        .with_wide(V::SYSTEM_IMAGE_GUID, port.node_guid)
-        .with_wide(V::PORT_GUID, port.port_guid)
-        .with_wide(V::NODE_GUID, port.node_guid)
-        .with(V::LID, u32::from(port.lid))
-        .with(V::SM_LID, u32::from(port.sm_lid));
+        .with(V::PORT_PHYSICAL_STATE, port.physical_state())
+        .with(V::PORT_STATE, port.state())
+        .with(V::VPORT_STATE, port.state())
+        .with_wide(V::SYSTEM_IMAGE_GUID, hca.config.node_guid)
+        .with_wide(V::PORT_GUID, port.gid.guid())
+        .with_wide(V::NODE_GUID, hca.config.node_guid)
+        .with(V::LID, u32::from(port.lid.0))
+        .with(V::SM_LID, u32::from(port.sm_lid.0));
     Ok(Reply::of(&output))
 }
 

@@ -1,7 +1,5 @@
 //! Bring-up, and objects that are numbers only.
 
-use std::sync::atomic::Ordering;
-
 use protos::mlx5::Layout;
 use protos::mlx5::cmd::{Opcode, Status};
 use protos::mlx5::commands::{
@@ -70,9 +68,9 @@ pub(super) fn access_register(hca: &Hca, command: Command<'_>) -> Outcome {
                 .ok_or(Status::BAD_INPUT_LENGTH)?;
             if command.op_mod() == REGISTER_WRITE {
                 let wanted = u32::from_be_bytes((&*mask).try_into().expect("four bytes"));
-                hca.port_capabilities.store(wanted, Ordering::SeqCst);
+                hca.port_capabilities.set(wanted);
             } else {
-                mask.copy_from_slice(&hca.port_capabilities.load(Ordering::SeqCst).to_be_bytes());
+                mask.copy_from_slice(&hca.port_capabilities.get().to_be_bytes());
             }
         }
         _ => return Err(Status::BAD_PARAM),
