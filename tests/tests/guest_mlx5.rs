@@ -55,11 +55,12 @@ fn complaints(guest: &mut Guest) -> Vec<String> {
         .collect()
 }
 
-/// Both sides of a ping-pong in the guest.
+/// Both sides of a ping-pong in the guest: the second starts when the first listens on its port, 18515.
 fn pingpong(guest: &mut Guest, program: &str) {
     let script = format!(
         "{program} >/tmp/server 2>&1 & server=$!; i=0; \
-         while ! grep -q 'local address' /tmp/server; do i=$((i+1)); [ $i -lt 100 ] || break; usleep 100000; done; \
+         while ! grep -q ':4853 .* 0A ' /proc/net/tcp /proc/net/tcp6; do \
+         i=$((i+1)); [ $i -lt 200 ] || break; usleep 100000; done; \
          {program} localhost || {{ cat /tmp/server; exit 1; }}; wait $server"
     );
     let output = run(guest, &script, LONG);

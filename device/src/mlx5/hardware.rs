@@ -112,7 +112,13 @@ impl Objects {
 }
 
 impl Hca {
-    pub(super) fn new(config: Mlx5Config, context: ModelContext, atc: Arc<Atc>, adapter: Adapter, shards: Vec<Shard>) -> Self {
+    pub(super) fn new(
+        config: Mlx5Config,
+        context: ModelContext,
+        atc: Arc<Atc>,
+        adapter: Adapter,
+        shards: Vec<Shard>,
+    ) -> Self {
         let words = |count: u32| (0..count).map(|_| AtomicU32::new(0)).collect();
         Self {
             execution: Mutex::new(Execution::new(&config)),
@@ -152,7 +158,10 @@ impl Hca {
 
     /// The port as it stands.
     pub(super) fn port_view(&self) -> PortView {
-        let status = self.adapter.port(PORT).expect("the adapter was made with this port");
+        let status = self
+            .adapter
+            .port(PORT)
+            .expect("the adapter was made with this port");
         PortView::of(&status)
     }
 
@@ -241,7 +250,7 @@ impl Hca {
         for shard in &self.shards {
             shard.reset();
         }
-        self.port_capabilities.store(mad::CAPABILITIES, Ordering::SeqCst);
+        self.port_capabilities.set(0);
         self.objects.clear();
         self.mkeys.clear();
         *execution = Execution::new(&self.config);

@@ -135,11 +135,32 @@ impl Mlx5 {
             ticket,
             dma: Arc::clone(&context.dma),
         };
-        let shards = (0..config.workers)
-            .map(|index| Shard::new(index, port(index)))
+        let inboxes: Vec<_> = (0..config.workers).map(|_| Arc::new(Inbox::default())).collect();
+        let adapter = config.fabric.attach(
+            AdapterConfig {
+                system_guid: config.node_guid,
+                node_guid: config.node_guid,
+                port_guids: vec![config.node_guid + 1],
+                shards: config.workers,
+                description: "tlbridge mlx5".into(),
+                vendor: u32::from(pci::VENDOR),
+                device: pci::DEVICE_PF,
+                revision: 0,
+                pkeys: vec![Pkey::DEFAULT],
+            },
+            inboxes
+                .iter()
+                .map(|inbox| Arc::clone(inbox) as Arc<dyn Wake>)
+                .collect(),
+            Some(Arc::new(PortNews(Arc::clone(&inboxes[0])))),
+        )?;
+        let shards = inboxes
+            .into_iter()
+            .enumerate()
+            .map(|(index, inbox)| Shard::new(inbox, port(index), adapter.endpoint(index)))
             .collect();
         let commands = port(config.workers);
-        let hca = Arc::new(Hca::new(config, context, atc, shards));
+        let hca = Arc::new(Hca::new(config, context, atc, adapter, shards));
         let mlx5 = Arc::new(Self {
             hca,
             threads: Mutex::new(Vec::new()),

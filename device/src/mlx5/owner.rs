@@ -17,6 +17,7 @@ use super::cq::{Cq, Posted};
 use super::hardware::Hca;
 use super::memory::Port;
 use super::mkey::{Asker, Mkey, Right as KeyRight};
+use super::port::PortView;
 use super::qp::Qp;
 use super::srq::Srq;
 use super::umr::{self, Source, Umr};
@@ -101,7 +102,13 @@ impl ShardOwner<'_> {
             )?;
         }
         bytes.truncate(len.max(SEGMENT));
-        qp.wqe.parsed = wqe::parse(bytes, index, qp.service, &self.hca.port_view());
+        // Only datagrams say themselves where they go.
+        let view = if wqe::is_datagram(qp.service) {
+            self.hca.port_view()
+        } else {
+            PortView::NOWHERE
+        };
+        qp.wqe.parsed = wqe::parse(bytes, index, qp.service, &view);
         qp.wqe.index = Some(index);
         Ok(())
     }

@@ -25,6 +25,14 @@ pub(super) struct PortView {
 }
 
 impl PortView {
+    /// A port that is connected to nothing.
+    pub(super) const NOWHERE: Self = Self {
+        lid: Lid::NONE,
+        sm_lid: Lid::NONE,
+        active: false,
+        gid: Gid::NONE,
+    };
+
     pub(super) fn of(status: &PortStatus) -> Self {
         Self {
             lid: status.lid,
@@ -79,7 +87,8 @@ impl Capabilities {
         let mut reply = adapter.mad(PORT, request)?;
         let attribute = u16::from_be_bytes([request[ATTRIBUTE], request[ATTRIBUTE + 1]]);
         let class = request[1];
-        let management = class == protos::ib::mad::class::SUBN_LID || class == protos::ib::mad::class::SUBN_DIRECTED;
+        let management =
+            class == protos::ib::mad::class::SUBN_LID || class == protos::ib::mad::class::SUBN_DIRECTED;
         if management && attribute == smp::PORT_INFO {
             let at = smp::DATA + CAPABILITIES;
             let own = u32::from_be_bytes(reply[at..at + 4].try_into().expect("four bytes"));

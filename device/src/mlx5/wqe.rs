@@ -114,6 +114,11 @@ pub(super) struct Parsed {
     pub(super) malformed: bool,
 }
 
+/// Whether requests of that service name their destination themselves.
+pub(super) fn is_datagram(service: ServiceType) -> bool {
+    matches!(service, ServiceType::UD | ServiceType::QP0 | ServiceType::QP1)
+}
+
 /// What a WQE at block `index` says; `bytes` are all of it. `None` when there is not even a head.
 pub(super) fn parse(bytes: &[u8], index: u32, service: ServiceType, port: &PortView) -> Option<Parsed> {
     let (control, _) = Control::read_from_prefix(bytes).ok()?;
@@ -157,7 +162,7 @@ fn body(
         return Some(at);
     }
     match service {
-        ServiceType::UD | ServiceType::QP0 | ServiceType::QP1 => {
+        _ if is_datagram(service) => {
             let (datagram, size) = datagram(bytes.get(at..)?, port)?;
             request.datagram = Some(datagram);
             at += size;
@@ -266,12 +271,7 @@ mod tests {
     use super::*;
 
     fn port() -> PortView {
-        PortView {
-            lid: Lid(1),
-            sm_lid: Lid(1),
-            active: true,
-            gid: Gid::NONE,
-        }
+        PortView::NOWHERE
     }
 
     fn data(len: u32, lkey: u32, va: u64) -> [u8; 16] {

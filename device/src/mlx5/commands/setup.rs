@@ -14,7 +14,7 @@ use crate::mlx5::numbers::Numbers;
 use protos::mlx5::commands::Input;
 
 /// Interface steps 0 and 1.
-const ISSI_SUPPORTED: u32 = 1 << 0 | 1 << 1;
+const ISSI_SUPPORTED: u32 = 0b11;
 /// The vendor's OUI.
 const OUI: u32 = 0x0002c9;
 /// Board id.
