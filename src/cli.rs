@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use ::device::fabric::FabricUrl;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::bench::Case;
@@ -74,6 +75,18 @@ pub enum Command {
 pub enum ModelName {
     /// SGI GRU, 10a9:4752.
     Gru,
+    /// mlx5 HCA with an InfiniBand port, 15b3:1017 (--function vf: 15b3:1018).
+    Mlx5,
+}
+
+/// PCI functions of an HCA.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum HcaFunction {
+    /// Physical function.
+    #[default]
+    Pf,
+    /// Virtual function.
+    Vf,
 }
 
 /// How the device learns of a store.
@@ -288,6 +301,19 @@ pub struct DeviceArgs {
     /// Variants of the GRU.
     #[command(flatten)]
     pub gru: crate::gru_options::GruOptions,
+    /// mlx5: which PCI function it is.
+    #[arg(long, value_enum, default_value_t = HcaFunction::Pf)]
+    pub function: HcaFunction,
+    /// mlx5: what the port is connected to: inside (this process only), listen:unix:PATH or listen:tcp:HOST:PORT
+    /// (others join), unix:PATH or tcp:HOST:PORT (join that one).
+    #[arg(long, value_name = "URL", default_value = "inside")]
+    pub fabric: FabricUrl,
+    /// mlx5: node GUID, in hexadecimal; on a fabric each one once. Default: from the socket's path.
+    #[arg(long, value_name = "HEX", value_parser = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16))]
+    pub node_guid: Option<u64>,
+    /// mlx5: worker threads.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub workers: u32,
     /// Supervision.
     #[command(flatten)]
     pub supervised: Supervised,
@@ -310,6 +336,7 @@ not run it to its end (stderr says why), 130 interrupted.
 Examples:
   tlbridge vm --model gru                                     a shell; the driver is loaded
   tlbridge vm --model gru -- ls /proc/sgi_uv/gru
+  tlbridge vm --model mlx5 -- ibv_devinfo
   tlbridge vm --model gru --program ./mytest -- mytest --all
   tlbridge vm --model gru --kernel bzImage --module tlbridge_uv.ko --module gru.ko -- dmesg
   tlbridge vm --model gru --gdb                               then gdb: target remote 127.0.0.1:1234")]
@@ -407,6 +434,8 @@ pub enum VmModel {
     None,
     /// SGI's Global Reference Unit.
     Gru,
+    /// mlx5 HCA with an InfiniBand port.
+    Mlx5,
 }
 
 impl VmModel {
@@ -416,6 +445,7 @@ impl VmModel {
         match self {
             Self::None => None,
             Self::Gru => Some(ModelName::Gru),
+            Self::Mlx5 => Some(ModelName::Mlx5),
         }
     }
 
@@ -424,6 +454,7 @@ impl VmModel {
     pub fn guest(self) -> GuestKind {
         match self {
             Self::None | Self::Gru => GuestKind::Small,
+            Self::Mlx5 => GuestKind::Rdma,
         }
     }
 }

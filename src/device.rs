@@ -1,20 +1,23 @@
 //! `tlbridge device`: one device, served on a socket.
 
 use std::ffi::OsString;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use ::device::fabric::Fabric;
 use ::device::faults::{BreakPlan, FaultPlan};
 use ::device::gru::{Gru, GruConfig};
+use ::device::mlx5::{FunctionKind, Mlx5, Mlx5Config};
 use ::device::model::Model;
 use ::device::pci::Function;
 use ::device::server::{ErrorReplies, Server, ServerOptions, StopFd};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::cli::{DeviceArgs, DeviceFault, Doorbell, ErrorReplyLength, ModelName};
+use crate::cli::{DeviceArgs, DeviceFault, Doorbell, ErrorReplyLength, HcaFunction, ModelName};
 use crate::demo::{args, name};
 use crate::inspectable::Inspectable;
 use crate::sanitizer;
@@ -55,11 +58,20 @@ pub fn run(args: &DeviceArgs, out: &mut impl Write) -> Result<ExitCode> {
     let stop = Stop::new()?;
     stop.on_signals(args.supervised.supervised)?;
     let _leftovers = Leftovers::new(&args.supervised, &stop);
-    let config = config(args);
-    let function = match args.model {
+    let (function, what) = match args.model {
         ModelName::Gru => {
-            Function::new(|context| Gru::new(context, config).map(|gru| -> Arc<dyn Model> { gru }))
-                .context("cannot build the GRU")?
+            let config = config(args);
+            let function =
+                Function::new(|context| Gru::new(context, config).map(|gru| -> Arc<dyn Model> { gru }))
+                    .context("cannot build the GRU")?;
+            (function, "a GRU")
+        }
+        ModelName::Mlx5 => {
+            let config = hca_config(args)?;
+            let function =
+                Function::new(|context| Mlx5::new(context, config).map(|hca| -> Arc<dyn Model> { hca }))
+                    .context("cannot build the HCA")?;
+            (function, "an mlx5 HCA")
         }
     };
     let options = ServerOptions {
@@ -85,7 +97,7 @@ pub fn run(args: &DeviceArgs, out: &mut impl Write) -> Result<ExitCode> {
         stop::obey(&stop, move |_| json!({ "stats": function.model().dump() }))?;
         stop::say(&json!({ "ready": { "pid": std::process::id() } }));
     } else {
-        eprintln!("serving a GRU at {} (Ctrl-C ends)", args.socket.display());
+        eprintln!("serving {what} at {} (Ctrl-C ends)", args.socket.display());
     }
     let forward = {
         let (stop, end) = (stop.clone(), end.clone());
@@ -117,6 +129,32 @@ pub fn run(args: &DeviceArgs, out: &mut impl Write) -> Result<ExitCode> {
         _ => ExitCode::from(sanitizer::EXIT_CODE),
     })
 }
+
+/// # Errors
+/// The fabric cannot be opened.
+fn hca_config(args: &DeviceArgs) -> Result<Mlx5Config> {
+    let node_guid = args.node_guid.unwrap_or_else(|| {
+        let mut hasher = DefaultHasher::new();
+        std::path::absolute(&args.socket)
+            .unwrap_or_else(|_| args.socket.clone())
+            .hash(&mut hasher);
+        // Even: the port has the next one.
+        OUI << 40 | (hasher.finish() & 0xff_ffff_fffe)
+    });
+    let fabric = Fabric::open(&args.fabric).context("cannot open the fabric (--fabric)")?;
+    Ok(Mlx5Config {
+        node_guid,
+        fabric,
+        function: match args.function {
+            HcaFunction::Pf => FunctionKind::Pf,
+            HcaFunction::Vf => FunctionKind::Vf,
+        },
+        workers: args.workers as usize,
+    })
+}
+
+/// The vendor's part of a GUID.
+const OUI: u64 = 0x0002c9;
 
 fn config(args: &DeviceArgs) -> GruConfig {
     let mut broken = BreakPlan::default();

@@ -3,7 +3,7 @@
 //! Nothing here knows about userfaultfd or about who changes page tables: a device sees BARs,
 //! interrupts and DMA_MAP / DMA_UNMAP.
 //!
-//! Not implemented yet: the mlx5 model, migration.
+//! Not implemented yet: migration.
 
 // Under the model checker only the ATC's protocol is built; what surrounds it is unused.
 #![cfg_attr(loom, allow(dead_code))]
@@ -16,6 +16,8 @@ pub mod fabric;
 pub mod faults;
 #[cfg(not(loom))]
 pub mod gru;
+#[cfg(not(loom))]
+pub mod mlx5;
 #[cfg(not(loom))]
 pub mod model;
 #[cfg(not(loom))]

@@ -214,8 +214,21 @@ impl Device {
     /// When it does not come up.
     #[must_use]
     pub fn gru(arguments: &[&str]) -> Self {
+        Self::of("gru", arguments)
+    }
+
+    /// The same with an mlx5 HCA.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn mlx5(arguments: &[&str]) -> Self {
+        Self::of("mlx5", arguments)
+    }
+
+    fn of(model: &str, arguments: &[&str]) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        let mut device = Self::start(&directory.path().join("gru.sock"), arguments);
+        let mut device = Self::start_model(model, &directory.path().join("device.sock"), arguments);
         device._directory = Some(directory);
         device
     }
@@ -226,8 +239,12 @@ impl Device {
     /// When it does not come up.
     #[must_use]
     pub fn start(socket: &Path, arguments: &[&str]) -> Self {
+        Self::start_model("gru", socket, arguments)
+    }
+
+    fn start_model(model: &str, socket: &Path, arguments: &[&str]) -> Self {
         let mut child = Command::new(binary())
-            .args(["device", "--model", "gru", "--socket"])
+            .args(["device", "--model", model, "--socket"])
             .arg(socket)
             .args(arguments)
             // It says when it serves, and answers questions.

@@ -1,0 +1,106 @@
+//! Event and completion queues.
+
+use std::sync::Arc;
+
+use protos::mlx5::Layout;
+use protos::mlx5::cmd::Status;
+use protos::mlx5::commands::{CONTEXT, CreateEq, PAGES};
+use protos::mlx5::cq::Cqc;
+use protos::mlx5::eq::{EQE_SIZE, Eqc};
+
+use super::caps::{LOG_MAX_CQ_SIZE, LOG_MAX_EQ_SIZE};
+use super::{Command, Execution, Outcome, Reply};
+use crate::mlx5::buffer::Buffer;
+use crate::mlx5::cq::{Cq, entry_shift};
+use crate::mlx5::eq::Eq;
+use crate::mlx5::hardware::Hca;
+
+/// Where the events are in QUERY_EQ's answer.
+const QUERY_EQ_EVENTS: usize = 0x58;
+
+pub(super) fn create_eq(hca: &Hca, execution: &mut Execution, command: Command<'_>) -> Outcome {
+    let events: CreateEq = command.layout(0)?;
+    let context: Eqc = command.layout(CONTEXT)?;
+    let log_size = context.get(Eqc::LOG_SIZE);
+    if log_size > LOG_MAX_EQ_SIZE || !execution.uars.contains(context.get(Eqc::UAR_PAGE)) {
+        return Err(Status::BAD_PARAM);
+    }
+    if context.get(Eqc::INTR) >= hca.interrupts.len() {
+        return Err(Status::BAD_INDEX);
+    }
+    let buffer = Buffer::parse(
+        command.rest(PAGES),
+        context.get(Eqc::LOG_PAGE_SIZE),
+        context.get(Eqc::PAGE_OFFSET),
+        EQE_SIZE << log_size,
+    )
+    .ok_or(Status::BAD_PARAM)?;
+    let number = execution.eqns.take().ok_or(Status::NO_RESOURCE)?;
+    let eqn = u8::try_from(number).expect("there are fewer than 256 event queues");
+    let eq = Eq::new(eqn, context, events.wide(CreateEq::EVENTS), buffer);
+    hca.objects.insert_eq(eqn, Arc::new(eq));
+    Ok(Reply::number(number))
+}
+
+fn eqn(command: Command<'_>) -> Result<u8, Status> {
+    u8::try_from(command.number() & 0xff).map_err(|_| Status::BAD_RESOURCE)
+}
+
+pub(super) fn query_eq(hca: &Hca, command: Command<'_>) -> Outcome {
+    let eq = hca.objects.eq(eqn(command)?).ok_or(Status::BAD_RESOURCE)?;
+    Ok(Reply::empty()
+        .with(CONTEXT, &eq.query().0)
+        .with(QUERY_EQ_EVENTS, &eq.events.to_be_bytes()))
+}
+
+pub(super) fn destroy_eq(hca: &Hca, execution: &mut Execution, command: Command<'_>) -> Outcome {
+    let eqn = eqn(command)?;
+    if hca.objects.all_cqs().iter().any(|cq| cq.reports_to(eqn)) {
+        return Err(Status::RESOURCE_BUSY);
+    }
+    let eq = hca.objects.remove_eq(eqn).ok_or(Status::BAD_RESOURCE)?;
+    eq.destroy();
+    execution.eqns.give_back(u32::from(eqn));
+    Ok(Reply::empty())
+}
+
+pub(super) fn create_cq(hca: &Hca, execution: &mut Execution, command: Command<'_>) -> Outcome {
+    let context: Cqc = command.layout(CONTEXT)?;
+    let log_size = context.get(Cqc::LOG_SIZE);
+    if log_size > LOG_MAX_CQ_SIZE
+        || context.get(Cqc::CQE_SIZE) > 1
+        || context.is_set(Cqc::COLLAPSED)
+        || context.is_set(Cqc::OVERRUN_IGNORE)
+        || !execution.uars.contains(context.get(Cqc::UAR_PAGE))
+    {
+        return Err(Status::BAD_PARAM);
+    }
+    let eq = hca
+        .objects
+        .eq(context.get(Cqc::EQN) as u8)
+        .ok_or(Status::BAD_RESOURCE)?;
+    let buffer = Buffer::parse(
+        command.rest(PAGES),
+        context.get(Cqc::LOG_PAGE_SIZE),
+        context.get(Cqc::PAGE_OFFSET),
+        1 << (log_size + entry_shift(&context)),
+    )
+    .ok_or(Status::BAD_PARAM)?;
+    let cqn = execution.cqns.take().ok_or(Status::NO_RESOURCE)?;
+    hca.objects
+        .insert_cq(cqn, Arc::new(Cq::new(cqn, context, buffer, eq)));
+    Ok(Reply::number(cqn))
+}
+
+pub(super) fn query_cq(hca: &Hca, command: Command<'_>) -> Outcome {
+    let cq = hca.objects.cq(command.number()).ok_or(Status::BAD_RESOURCE)?;
+    Ok(Reply::empty().with(CONTEXT, &cq.query().0))
+}
+
+pub(super) fn destroy_cq(hca: &Hca, execution: &mut Execution, command: Command<'_>) -> Outcome {
+    let cqn = command.number();
+    let cq = hca.objects.remove_cq(cqn).ok_or(Status::BAD_RESOURCE)?;
+    cq.destroy();
+    execution.cqns.give_back(cqn);
+    Ok(Reply::empty())
+}

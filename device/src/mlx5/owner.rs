@@ -1,0 +1,609 @@
+//! What the transport asks of this HCA: WQEs, memory through keys, completions.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use protos::ib::Qpn;
+use protos::mlx5::cq::{Cqe, CqeOpcode, FLAGS_GRH, FLAGS_SL_SHIFT, Syndrome};
+use protos::mlx5::eq::{DATA_NUMBER, DATA_QUEUE_TYPE, Eqe, Event as EventType};
+use protos::mlx5::mkey::Mkc;
+use protos::mlx5::qp::{Qpc, ServiceType};
+use protos::mlx5::wqe::{BLOCK, Control, Opcode, SEGMENT};
+use protos::mlx5::{Layout, uar};
+use zerocopy::FromBytes;
+
+use super::access::{self, Bytes, Trouble};
+use super::cq::{Cq, Posted};
+use super::hardware::Hca;
+use super::memory::Port;
+use super::mkey::{Asker, Mkey, Right as KeyRight};
+use super::port::PortView;
+use super::qp::Qp;
+use super::srq::Srq;
+use super::umr::{self, Source, Umr};
+use super::wqe::{self, Piece, Pieces};
+use crate::transport::{
+    Answer, Atomic, Event, Owner, QpId, Receive, Received, Remote, Request, Right, Status,
+};
+
+/// Types of queues in events (`DATA_QUEUE_TYPE`), in the upper byte.
+const QUEUE_TYPE_QP: u32 = 0;
+const QUEUE_TYPE_SRQ: u32 = 3 << 24;
+/// Bit of a receive's token: it came from a shared queue, whose number follows the index.
+const SHARED: u64 = 1 << 63;
+
+/// The queue pairs of a shard, by the key that the transport has of them.
+pub(super) type Qps = Vec<Option<Box<Qp>>>;
+
+/// A shard's side of its transport.
+pub(super) struct ShardOwner<'a> {
+    pub(super) hca: &'a Hca,
+    pub(super) port: &'a mut Port,
+    pub(super) qps: &'a mut Qps,
+    /// Queue pairs that have ended a request with an error: their receive queues may have to be flushed later.
+    pub(super) failed: &'a mut Vec<u32>,
+}
+
+/// A queue pair that the transport knows.
+fn find(qps: &mut Qps, qp: QpId) -> &mut Qp {
+    qps[qp.key as usize]
+        .as_deref_mut()
+        .expect("the transport knows only queue pairs that exist")
+}
+
+/// The syndrome of a status.
+fn syndrome(status: Status) -> Syndrome {
+    match status {
+        Status::Success => Syndrome(0),
+        Status::LocalLength => Syndrome::LOCAL_LENGTH,
+        Status::LocalOperation => Syndrome::LOCAL_QP_OPERATION,
+        Status::LocalProtection => Syndrome::LOCAL_PROTECTION,
+        Status::Flushed => Syndrome::FLUSHED,
+        Status::WindowBind => Syndrome::MW_BIND,
+        Status::BadResponse => Syndrome::BAD_RESPONSE,
+        Status::RemoteInvalidRequest => Syndrome::REMOTE_INVALID_REQUEST,
+        Status::RemoteAccess => Syndrome::REMOTE_ACCESS,
+        Status::RemoteOperation => Syndrome::REMOTE_OPERATION,
+        Status::RetryExceeded => Syndrome::TRANSPORT_RETRY,
+        Status::RnrRetryExceeded => Syndrome::RNR_RETRY,
+    }
+}
+
+impl ShardOwner<'_> {
+    /// Reads the WQE at block `index` into the queue pair's copy, if it is not the one that is there.
+    fn load(&mut self, qp: QpId, index: u32) -> Result<(), Status> {
+        let qp = find(self.qps, qp);
+        if qp.wqe.index == Some(index) {
+            return Ok(());
+        }
+        qp.wqe.index = None;
+        let queues = qp.queues.as_ref().ok_or(Status::LocalOperation)?;
+        let log = queues.log_blocks.ok_or(Status::LocalOperation)?;
+        let (mask, begin) = ((1u32 << log) - 1, queues.sends());
+        let mut block = |block: u32, to: &mut [u8]| {
+            let offset = begin + u64::from(block & mask) * BLOCK as u64;
+            queues
+                .buffer
+                .read(self.port, offset, to)
+                .map_err(|_| Status::LocalOperation)
+        };
+        let bytes = &mut qp.wqe.bytes;
+        bytes.resize(BLOCK, 0);
+        block(index, &mut bytes[..])?;
+        let control = Control::read_from_prefix(bytes).expect("a block has a head").0;
+        let len = control.ds() * SEGMENT;
+        // The list may wrap, block by block.
+        let blocks = len.div_ceil(BLOCK).max(1);
+        bytes.resize(blocks * BLOCK, 0);
+        for number in 1..blocks {
+            block(
+                index.wrapping_add(number as u32),
+                &mut bytes[number * BLOCK..(number + 1) * BLOCK],
+            )?;
+        }
+        bytes.truncate(len.max(SEGMENT));
+        // Only datagrams say themselves where they go.
+        let view = if wqe::is_datagram(qp.service) {
+            self.hca.port_view()
+        } else {
+            PortView::NOWHERE
+        };
+        qp.wqe.parsed = wqe::parse(bytes, index, qp.service, &view);
+        qp.wqe.index = Some(index);
+        Ok(())
+    }
+
+    /// Copies bytes `offset..` of a message from or to the pieces of a WQE.
+    fn pieces(
+        &mut self,
+        asker: Asker,
+        wqe: &[u8],
+        pieces: Pieces<'_>,
+        mut offset: u64,
+        mut bytes: Bytes<'_>,
+    ) -> Answer {
+        let right = match bytes {
+            Bytes::Into(_) => KeyRight::LocalRead,
+            Bytes::From(_) => KeyRight::LocalWrite,
+        };
+        let total = match &bytes {
+            Bytes::Into(to) => to.len(),
+            Bytes::From(from) => from.len(),
+        };
+        let mut done = 0;
+        for piece in pieces {
+            if done == total {
+                break;
+            }
+            let len = piece.len();
+            if offset >= len {
+                offset -= len;
+                continue;
+            }
+            let step = usize::try_from(len - offset).map_or(total - done, |left| left.min(total - done));
+            match piece {
+                Piece::Inline { at, .. } => {
+                    let at = at + offset as usize;
+                    let Bytes::Into(to) = &mut bytes else {
+                        return Answer::Failed(Status::LocalProtection);
+                    };
+                    to[done..done + step].copy_from_slice(&wqe[at..at + step]);
+                }
+                Piece::Memory { lkey, va, .. } => {
+                    let at = va.wrapping_add(offset);
+                    let mkey = self.hca.mkeys.find(lkey);
+                    // A receive request may name more than its key covers, as long as no message reaches that.
+                    let Some(mkey) = mkey.filter(|mkey| mkey.allows(asker, at, step as u64, right)) else {
+                        return Answer::Failed(Status::LocalProtection);
+                    };
+                    let mut part = match &mut bytes {
+                        Bytes::Into(to) => Bytes::Into(&mut to[done..done + step]),
+                        Bytes::From(from) => Bytes::From(&from[done..done + step]),
+                    };
+                    if let Err(trouble) = access::copy(self.port, &self.hca.mkeys, &mkey, at, &mut part) {
+                        return refuse(trouble, Status::LocalProtection);
+                    }
+                }
+            }
+            done += step;
+            offset = 0;
+        }
+        if done == total {
+            Answer::Done(())
+        } else {
+            Answer::Failed(Status::LocalLength)
+        }
+    }
+
+    fn note(&mut self, qpn: u32, status: Status) {
+        if status != Status::Success && !self.failed.contains(&qpn) {
+            self.failed.push(qpn);
+        }
+    }
+
+    fn post(&mut self, cq: Option<Arc<Cq>>, cqe: &Cqe, solicited: bool) {
+        let Some(cq) = cq else {
+            return;
+        };
+        self.hca.counters.completions.fetch_add(1, Ordering::Relaxed);
+        let mut cqe = *cqe;
+        if cqe.syndrome().is_none() {
+            cqe.timestamp = self.hca.iseg.ticks().into();
+        }
+        if cq.post(self.port, &self.hca.interrupts, &cqe, solicited) == Posted::Overflow {
+            let eqe = Eqe::new(EventType::CQ_ERROR, 0)
+                .with(0, cq.cqn)
+                .with(2, u32::from(CQ_OVERRUN));
+            self.hca.event(self.port, EventType::CQ_ERROR, &eqe);
+        }
+    }
+
+    /// The key for an access from outside.
+    fn remote_key(&mut self, qp: QpId, right: Right, at: Remote, len: u64) -> Result<Arc<Mkey>, Status> {
+        let qp = find(self.qps, qp);
+        let (flag, wanted) = match right {
+            Right::Read => (Qpc::RRE, KeyRight::RemoteRead),
+            Right::Write => (Qpc::RWE, KeyRight::RemoteWrite),
+            Right::Atomic => (Qpc::RAE, KeyRight::Atomic),
+        };
+        let asker = Asker {
+            pd: qp.pd,
+            qpn: qp.qpn,
+        };
+        if !qp.context.is_set(flag) {
+            return Err(Status::RemoteAccess);
+        }
+        let mkey = self.hca.mkeys.find(at.rkey).ok_or(Status::RemoteAccess)?;
+        if mkey.allows(asker, at.va, len, wanted) {
+            Ok(mkey)
+        } else {
+            Err(Status::RemoteAccess)
+        }
+    }
+
+    fn remote_copy(&mut self, qp: QpId, right: Right, at: Remote, mut bytes: Bytes<'_>) -> Answer {
+        let len = match &bytes {
+            Bytes::Into(to) => to.len(),
+            Bytes::From(from) => from.len(),
+        };
+        let mkey = match self.remote_key(qp, right, at, len as u64) {
+            Ok(mkey) => mkey,
+            Err(status) => return Answer::Failed(status),
+        };
+        match access::copy(self.port, &self.hca.mkeys, &mkey, at.va, &mut bytes) {
+            Ok(()) => Answer::Done(()),
+            Err(trouble) => refuse(trouble, Status::RemoteAccess),
+        }
+    }
+
+    /// The shared queue of a receive.
+    fn shared(&self, token: u64) -> Option<Arc<Srq>> {
+        if token & SHARED == 0 {
+            return None;
+        }
+        self.hca.objects.srq((token >> 16) as u32 & 0xff_ffff)
+    }
+
+    fn srq_event(&mut self, event: EventType, srqn: u32) {
+        let eqe = Eqe::new(event, 0)
+            .with(DATA_QUEUE_TYPE, QUEUE_TYPE_SRQ)
+            .with(DATA_NUMBER, srqn);
+        self.hca.event(self.port, event, &eqe);
+    }
+}
+
+/// Syndrome of a CQ error event: overrun.
+const CQ_OVERRUN: u8 = 1;
+
+/// Without on-demand paging an absent page does not come.
+fn refuse(trouble: Trouble, status: Status) -> Answer {
+    match trouble {
+        Trouble::Absent { .. } | Trouble::Violation => Answer::Failed(status),
+    }
+}
+
+impl Owner for ShardOwner<'_> {
+    fn fetch(&mut self, id: QpId, index: u32) -> Answer<Option<Request>> {
+        let qp = find(self.qps, id);
+        if qp.posted == index as u16 {
+            // Read only when it matters: the record is a line that the driver writes.
+            let Ok(word) = self.port.read_be32(qp.dbr.wrapping_add(uar::DBR_SEND)) else {
+                return Answer::Failed(Status::LocalOperation);
+            };
+            qp.posted = word as u16;
+            if qp.posted == index as u16 {
+                return Answer::Done(None);
+            }
+        }
+        if let Err(status) = self.load(id, index) {
+            return Answer::Failed(status);
+        }
+        match &find(self.qps, id).wqe.parsed {
+            Some(parsed) => Answer::Done(Some(parsed.request)),
+            None => Answer::Failed(Status::LocalOperation),
+        }
+    }
+
+    fn gather(&mut self, id: QpId, request: &Request, offset: u32, into: &mut [u8]) -> Answer {
+        self.message(id, request, offset, Bytes::Into(into))
+    }
+
+    fn scatter_response(&mut self, id: QpId, request: &Request, offset: u32, data: &[u8]) -> Answer {
+        self.message(id, request, offset, Bytes::From(data))
+    }
+
+    fn execute(&mut self, id: QpId, request: &Request) -> Answer {
+        if let Err(status) = self.load(id, request.index) {
+            return Answer::Failed(status);
+        }
+        let qp = find(self.qps, id);
+        let opcode = Opcode((request.cookie >> wqe::OPCODE_SHIFT) as u8);
+        let malformed = qp.wqe.parsed.as_ref().is_none_or(|parsed| parsed.malformed);
+        match opcode {
+            _ if malformed => Answer::Failed(Status::LocalOperation),
+            Opcode::NOP => Answer::Done(()),
+            Opcode::UMR => self.register(id),
+            _ => Answer::Failed(Status::LocalOperation),
+        }
+    }
+
+    fn complete_send(&mut self, id: QpId, request: &Request, status: Status) {
+        let qp = find(self.qps, id);
+        qp.sent = request.next as u16;
+        if status == Status::Success && request.cookie & wqe::WANTS_CQE == 0 {
+            return;
+        }
+        let opcode = request.cookie >> wqe::OPCODE_SHIFT & 0xff;
+        let counter = request.index as u16;
+        let mut cqe = if status == Status::Success {
+            Cqe::new(CqeOpcode::REQUESTER, qp.qpn, counter)
+        } else {
+            Cqe::error(CqeOpcode::REQUESTER_ERROR, qp.qpn, counter, syndrome(status), 0)
+        };
+        cqe.sop_drop_qpn = (opcode << 24 | qp.qpn).into();
+        cqe.byte_cnt = request.len.into();
+        let (cq, qpn) = (qp.send_cq.clone(), qp.qpn);
+        self.note(qpn, status);
+        self.post(cq, &cqe, false);
+    }
+
+    fn take_receive(&mut self, id: QpId, xrc_srqn: Option<u32>) -> Answer<Option<Receive>> {
+        let qp = find(self.qps, id);
+        let srq = match xrc_srqn {
+            Some(srqn) => {
+                let domain = qp.context.get(Qpc::XRCD);
+                let srq = self.hca.objects.srq(srqn);
+                match srq.filter(|srq| srq.xrc.is_some_and(|(own, _)| own == domain)) {
+                    Some(srq) => Some(srq),
+                    None => return Answer::Failed(Status::RemoteInvalidRequest),
+                }
+            }
+            None => qp.srq.clone(),
+        };
+        if let Some(srq) = srq {
+            return match srq.take(self.port) {
+                Ok(None) => Answer::Done(None),
+                Ok(Some(taken)) => {
+                    if taken.limit_reached {
+                        self.srq_event(EventType::SRQ_LIMIT, srq.srqn);
+                    }
+                    Answer::Done(Some(Receive {
+                        token: SHARED | u64::from(srq.srqn) << 16 | u64::from(taken.index),
+                    }))
+                }
+                Err(_) => {
+                    self.srq_event(EventType::SRQ_CATASTROPHIC, srq.srqn);
+                    Answer::Failed(Status::RemoteOperation)
+                }
+            };
+        }
+        if qp
+            .queues
+            .as_ref()
+            .is_none_or(|queues| queues.log_receives.is_none())
+        {
+            return Answer::Done(None);
+        }
+        let Ok(posted) = self.port.read_be32(qp.dbr.wrapping_add(uar::DBR_RECEIVE)) else {
+            return Answer::Failed(Status::RemoteOperation);
+        };
+        if posted as u16 == qp.received {
+            return Answer::Done(None);
+        }
+        let token = u64::from(qp.received);
+        qp.received = qp.received.wrapping_add(1);
+        Answer::Done(Some(Receive { token }))
+    }
+
+    fn scatter_receive(&mut self, id: QpId, receive: &Receive, offset: u32, data: &[u8]) -> Answer {
+        let shared = self.shared(receive.token);
+        let qp = find(self.qps, id);
+        let index = receive.token as u16;
+        let mut asker = Asker {
+            pd: qp.pd,
+            qpn: qp.qpn,
+        };
+        let mut wqe = [0; 1 << 11];
+        let (stride, begin) = match &shared {
+            Some(srq) => {
+                asker.pd = srq.pd;
+                let stride = srq.stride.min(11);
+                let place = u64::from(index) << srq.stride;
+                if srq
+                    .buffer
+                    .read(self.port, place, &mut wqe[..1 << stride])
+                    .is_err()
+                {
+                    return Answer::Failed(Status::LocalProtection);
+                }
+                (stride, size_of::<protos::mlx5::srq::NextSegment>())
+            }
+            None if receive.token & SHARED != 0 => return Answer::Failed(Status::LocalProtection),
+            None => {
+                let Some(queues) = &qp.queues else {
+                    return Answer::Failed(Status::LocalProtection);
+                };
+                let Some(log) = queues.log_receives else {
+                    return Answer::Failed(Status::LocalProtection);
+                };
+                let stride = queues.receive_stride;
+                let place = (u64::from(index) & ((1 << log) - 1)) << stride;
+                if queues
+                    .buffer
+                    .read(self.port, place, &mut wqe[..1 << stride])
+                    .is_err()
+                {
+                    return Answer::Failed(Status::LocalProtection);
+                }
+                (stride, 0)
+            }
+        };
+        let wqe = &wqe[..1 << stride];
+        let pieces = Pieces::of_receive(wqe, begin);
+        self.pieces(asker, wqe, pieces, u64::from(offset), Bytes::From(data))
+    }
+
+    fn complete_receive(&mut self, id: QpId, receive: &Receive, received: &Received) {
+        let shared = self.shared(receive.token);
+        self.note(id.qpn.get(), received.status);
+        let qp = find(self.qps, id);
+        let counter = receive.token as u16;
+        let opcode = match (received.write, received.immediate, received.invalidated) {
+            (true, ..) => CqeOpcode::RESPONDER_WRITE_IMM,
+            (_, Some(_), _) => CqeOpcode::RESPONDER_SEND_IMM,
+            (_, _, Some(_)) => CqeOpcode::RESPONDER_SEND_INVALIDATE,
+            _ => CqeOpcode::RESPONDER_SEND,
+        };
+        let mut cqe = if received.status == Status::Success {
+            Cqe::new(opcode, qp.qpn, counter)
+        } else {
+            Cqe::error(
+                CqeOpcode::RESPONDER_ERROR,
+                qp.qpn,
+                counter,
+                syndrome(received.status),
+                0,
+            )
+        };
+        if let Some(srq) = &shared {
+            cqe.srqn_uidx = srq.srqn.into();
+        }
+        if received.status == Status::Success {
+            let source = received.source;
+            cqe.byte_cnt = received.len.into();
+            cqe.slid = source.slid.0.into();
+            let mut flags = source.qpn.get() | u32::from(source.sl) << FLAGS_SL_SHIFT;
+            if source.global {
+                flags |= FLAGS_GRH;
+            }
+            cqe.flags_rqpn = flags.into();
+            cqe.ml_path = (source.dlid.0 & 0x7f) as u8;
+            let word = received
+                .immediate
+                .or(received.invalidated)
+                .unwrap_or(u32::from(source.pkey.0));
+            cqe.imm_inval_pkey = word.into();
+        }
+        let cq = match shared.and_then(|srq| srq.xrc) {
+            Some((_, cqn)) => self.hca.objects.cq(cqn),
+            None => qp.receive_cq.clone(),
+        };
+        self.post(cq, &cqe, received.solicited);
+    }
+
+    fn remote_check(&mut self, id: QpId, right: Right, at: Remote, len: u32) -> Answer {
+        match self.remote_key(id, right, at, u64::from(len)) {
+            Ok(_) => Answer::Done(()),
+            Err(status) => Answer::Failed(status),
+        }
+    }
+
+    fn remote_write(&mut self, id: QpId, at: Remote, data: &[u8]) -> Answer {
+        self.remote_copy(id, Right::Write, at, Bytes::From(data))
+    }
+
+    fn remote_read(&mut self, id: QpId, at: Remote, into: &mut [u8]) -> Answer {
+        self.remote_copy(id, Right::Read, at, Bytes::Into(into))
+    }
+
+    fn remote_atomic(&mut self, id: QpId, at: Remote, atomic: Atomic) -> Answer<u64> {
+        if !at.va.is_multiple_of(8) {
+            return Answer::Failed(Status::RemoteInvalidRequest);
+        }
+        let mkey = match self.remote_key(id, Right::Atomic, at, 8) {
+            Ok(mkey) => mkey,
+            Err(status) => return Answer::Failed(status),
+        };
+        let operate = |word: &std::sync::atomic::AtomicU64| match atomic {
+            Atomic::CompareSwap { compare, swap } => word
+                .compare_exchange(compare, swap, Ordering::SeqCst, Ordering::SeqCst)
+                .unwrap_or_else(|found| found),
+            Atomic::FetchAdd { add } => word.fetch_add(add, Ordering::SeqCst),
+        };
+        match access::atomic(self.port, &self.hca.mkeys, &mkey, at.va, operate) {
+            Ok(before) => Answer::Done(before),
+            Err(_) => Answer::Failed(Status::RemoteAccess),
+        }
+    }
+
+    fn invalidate(&mut self, id: QpId, rkey: u32) -> Answer {
+        let qp = find(self.qps, id);
+        let mkey = self.hca.mkeys.find(rkey);
+        let allowed = mkey
+            .filter(|mkey| mkey.context.is_set(Mkc::REMOTE_INVALIDATE) && mkey.context.get(Mkc::PD) == qp.pd);
+        let Some(mkey) = allowed else {
+            return Answer::Failed(Status::RemoteAccess);
+        };
+        let context = umr::invalidated(&mkey);
+        match self.hca.mkeys.change(&self.hca.atc, &mkey, Some(context), 0, &[]) {
+            Ok(()) => Answer::Done(()),
+            Err(_) => Answer::Failed(Status::RemoteAccess),
+        }
+    }
+
+    fn event(&mut self, id: QpId, event: Event) {
+        let kind = match event {
+            Event::CommunicationEstablished => EventType::COMM_EST,
+            Event::SendQueueDrained => EventType::SQ_DRAINED,
+            Event::LastWqeReached => EventType::SRQ_LAST_WQE,
+            Event::InvalidRequest => EventType::WQ_INVALID_REQUEST,
+            Event::AccessViolation => EventType::WQ_ACCESS_ERROR,
+            Event::Fatal => EventType::WQ_CATASTROPHIC,
+            // Its completions say why.
+            Event::SendError => return,
+        };
+        let qpn = Qpn::get(id.qpn);
+        let eqe = Eqe::new(kind, 0)
+            .with(DATA_QUEUE_TYPE, QUEUE_TYPE_QP)
+            .with(DATA_NUMBER, qpn);
+        self.hca.event(self.port, kind, &eqe);
+    }
+}
+
+impl ShardOwner<'_> {
+    /// A UMR, whose WQE is loaded.
+    fn register(&mut self, id: QpId) -> Answer {
+        let qp = find(self.qps, id);
+        let (pd, qpn) = (qp.pd, qp.qpn);
+        let registers = qp.service == ServiceType::REG_UMR;
+        let wqe = std::mem::take(&mut qp.wqe.bytes);
+        let result = self.register_as(&wqe, Asker { pd, qpn }, registers);
+        find(self.qps, id).wqe.bytes = wqe;
+        match result {
+            Ok(()) => Answer::Done(()),
+            Err(status) => Answer::Failed(status),
+        }
+    }
+
+    fn register_as(&mut self, wqe: &[u8], asker: Asker, registers: bool) -> Result<(), Status> {
+        let umr = Umr::parse(wqe).ok_or(Status::LocalOperation)?;
+        let mkey = self.hca.mkeys.at(umr.index).ok_or(Status::WindowBind)?;
+        if !umr.is_allowed(&mkey, asker.pd, registers) {
+            return Err(Status::WindowBind);
+        }
+        let mut list = vec![0; umr.bytes];
+        match umr.source {
+            Source::None => {}
+            Source::Inline(at) => list.copy_from_slice(&wqe[at..at + umr.bytes]),
+            Source::Memory { lkey, va } => {
+                let table = self.hca.mkeys.find(lkey);
+                let table = table
+                    .filter(|key| key.allows(asker, va, umr.bytes as u64, KeyRight::LocalRead))
+                    .ok_or(Status::LocalProtection)?;
+                access::copy(
+                    self.port,
+                    &self.hca.mkeys,
+                    &table,
+                    va,
+                    &mut Bytes::Into(&mut list),
+                )
+                .map_err(|_| Status::LocalProtection)?;
+            }
+        }
+        let context = umr.changed(&mkey.context);
+        self.hca
+            .mkeys
+            .change(&self.hca.atc, &mkey, context, umr.offset, &list)
+            .map_err(|_| Status::WindowBind)
+    }
+
+    /// Bytes `offset..` of a request's local message.
+    fn message(&mut self, id: QpId, request: &Request, offset: u32, bytes: Bytes<'_>) -> Answer {
+        if let Err(status) = self.load(id, request.index) {
+            return Answer::Failed(status);
+        }
+        let qp = find(self.qps, id);
+        let asker = Asker {
+            pd: qp.pd,
+            qpn: qp.qpn,
+        };
+        // Taken out, so that the queue pair can be looked at meanwhile.
+        let wqe = std::mem::take(&mut qp.wqe.bytes);
+        // A WQE that the driver has overwritten since may be anything.
+        let data = qp.wqe.parsed.as_ref().map_or(wqe.len(), |parsed| parsed.data);
+        let pieces = Pieces::of_send(&wqe, data);
+        let answer = self.pieces(asker, &wqe, pieces, u64::from(offset), bytes);
+        find(self.qps, id).wqe.bytes = wqe;
+        answer
+    }
+}

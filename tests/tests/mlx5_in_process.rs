@@ -1,0 +1,473 @@
+//! Our own driver on the HCA in one process: commands, queues, keys, and data through all services.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use device::mlx5::{Mlx5, Mlx5Config};
+use driver::backing::Backing;
+use driver::mlx5::{
+    CompletionQueue, Connection, EventQueue, Hca, MemoryKey, Mlx5Error, QueuePair, Region, SendRequest,
+    Service,
+};
+use protos::mlx5::Layout;
+use protos::mlx5::caps::{HcaCap, Kind};
+use protos::mlx5::cmd::{Opcode, Status};
+use protos::mlx5::cq::{CqeOpcode, Syndrome};
+use protos::mlx5::eq::{DATA_NUMBER, Event};
+use protos::mlx5::mkey::{MTT_READ, MTT_WRITE, Mkc, mask};
+use protos::mlx5::qp::{Qpc, State};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use tests::in_process::InProcess;
+
+const MEMORY: u64 = 64 << 20;
+/// Virtual address of the test's regions: not their IOVA.
+const VA: u64 = 0x7f00_0000_0000;
+const RIGHTS: [protos::mlx5::Field<Mkc>; 5] = [
+    Mkc::LOCAL_READ,
+    Mkc::LOCAL_WRITE,
+    Mkc::REMOTE_READ,
+    Mkc::REMOTE_WRITE,
+    Mkc::ATOMIC,
+];
+
+/// An HCA with two connected queue pairs and two regions.
+struct Rig {
+    hca: Hca,
+    pd: u32,
+    eq: EventQueue,
+    cqs: [CompletionQueue; 2],
+    qps: [QueuePair; 2],
+    regions: [Region; 2],
+    keys: [MemoryKey; 2],
+}
+
+fn bring_up() -> Hca {
+    let (backing, _model) =
+        InProcess::build(|context| Mlx5::new(context, Mlx5Config::default())).expect("an HCA");
+    Hca::new(Arc::new(backing), MEMORY).expect("bring-up")
+}
+
+fn rig(service: Service) -> Rig {
+    let hca = bring_up();
+    let pd = hca.protection_domain().unwrap();
+    let eq = hca.event_queue(6, 0, 1).unwrap();
+    let cqs = [0, 1].map(|_| hca.completion_queue(6, &eq).unwrap());
+    let mut qps = [0, 1].map(|side: usize| hca.queue_pair(service, pd, 5, &cqs[side], &cqs[side]).unwrap());
+    let numbers = [qps[0].number(), qps[1].number()];
+    let lid = hca.lid().unwrap();
+    for (side, qp) in qps.iter_mut().enumerate() {
+        let to = Connection {
+            qpn: numbers[1 - side],
+            lid,
+            retries: 7,
+            timeout: 14,
+        };
+        hca.connect(qp, to).unwrap();
+    }
+    let regions = [0, 1].map(|_| hca.memory().take(1 << 20).unwrap());
+    let keys = [0, 1].map(|side: usize| hca.memory_key(pd, regions[side], VA, &RIGHTS).unwrap());
+    Rig {
+        hca,
+        pd,
+        eq,
+        cqs,
+        qps,
+        regions,
+        keys,
+    }
+}
+
+impl Rig {
+    /// Bytes that tell where they came from.
+    fn fill(&self, side: usize, seed: u8, len: usize) -> Vec<u8> {
+        let bytes: Vec<u8> = (0..len).map(|at| (at as u8).wrapping_mul(31) ^ seed).collect();
+        self.hca.memory().write(self.regions[side].iova, &bytes);
+        bytes
+    }
+
+    fn contents(&self, side: usize, offset: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.hca
+            .memory()
+            .read(self.regions[side].iova + offset, &mut bytes);
+        bytes
+    }
+
+    fn send(&mut self, request: SendRequest, va: u64, len: u32) -> u16 {
+        let key = self.keys[0];
+        self.hca
+            .post_send(&mut self.qps[0], request, key, va, len)
+            .unwrap()
+    }
+
+    /// The next completion of that side's queue.
+    fn completion(&mut self, side: usize) -> protos::mlx5::cq::Cqe {
+        self.hca.wait_completion(&mut self.cqs[side]).unwrap()
+    }
+}
+
+#[test]
+fn test_hca_when_brought_up_answers_commands_and_refuses_nonsense() {
+    let hca = bring_up();
+    let caps = HcaCap::from_prefix(&hca.capabilities(Kind::GENERAL).unwrap());
+    assert_eq!(
+        (
+            caps.get(HcaCap::NUM_PORTS),
+            caps.get(HcaCap::PORT_TYPE),
+            caps.get(HcaCap::RC)
+        ),
+        (1, 0, 1)
+    );
+    let refused = |opcode, input: &[u8]| match hca.command(opcode, 0, input, 16) {
+        Err(Mlx5Error::Refused { status, .. }) => status,
+        other => panic!("{opcode:?}: {other:?}"),
+    };
+    assert_eq!(refused(Opcode(0x7777), &[0; 8]), Status::BAD_OP);
+    assert_eq!(
+        refused(Opcode::DESTROY_QP, &[0, 0, 0x12, 0x34, 0, 0, 0, 0]),
+        Status::BAD_RESOURCE
+    );
+    assert_eq!(refused(Opcode::CREATE_QP, &[0; 8]), Status::BAD_INPUT_LENGTH);
+    assert_eq!(refused(Opcode::CREATE_CQ, &[0; 0x108]), Status::BAD_PARAM);
+    let before = hca.timer().unwrap();
+    assert!(hca.timer().unwrap() > before);
+}
+
+#[test]
+fn test_send_when_received_carries_bytes_and_immediate() {
+    for service in [Service::Rc, Service::Uc] {
+        let mut rig = rig(service);
+        for (round, len) in [1usize, 64, 4096, 5000, 100_000].into_iter().enumerate() {
+            let sent = rig.fill(0, round as u8, len);
+            let key = rig.keys[1];
+            rig.hca.post_receive(&mut rig.qps[1], key, VA + 16, 1 << 19);
+            let index = rig.send(
+                SendRequest::Send(Some(0xfeed_0000 + round as u32)),
+                VA,
+                len as u32,
+            );
+            let cqe = rig.completion(0);
+            assert_eq!(
+                (cqe.opcode(), cqe.wqe_counter.get()),
+                (CqeOpcode::REQUESTER, index)
+            );
+            let cqe = rig.completion(1);
+            assert_eq!(cqe.opcode(), CqeOpcode::RESPONDER_SEND_IMM, "{service:?} {len}");
+            assert_eq!(cqe.byte_cnt.get(), len as u32);
+            assert_eq!(cqe.imm_inval_pkey.get(), 0xfeed_0000 + round as u32);
+            assert_eq!(rig.contents(1, 16, len), sent, "{service:?} {len}");
+        }
+    }
+}
+
+#[test]
+fn test_write_and_read_when_done_move_bytes_between_keys() {
+    let mut rig = rig(Service::Rc);
+    for len in [8usize, 4095, 65_536, 300_000] {
+        let sent = rig.fill(0, len as u8, len);
+        let rkey = rig.keys[1].key;
+        rig.send(SendRequest::Write(VA + 0x800, rkey), VA, len as u32);
+        assert_eq!(rig.completion(0).opcode(), CqeOpcode::REQUESTER);
+        assert_eq!(rig.contents(1, 0x800, len), sent);
+        // Back to another place.
+        rig.send(SendRequest::Read(VA + 0x800, rkey), VA + 0x8_0000, len as u32);
+        let cqe = rig.completion(0);
+        assert_eq!(
+            (cqe.opcode(), cqe.byte_cnt.get()),
+            (CqeOpcode::REQUESTER, len as u32)
+        );
+        assert_eq!(rig.contents(0, 0x8_0000, len), sent);
+    }
+}
+
+#[test]
+fn test_atomics_when_done_change_the_word_and_return_the_old_one() {
+    let mut rig = rig(Service::Rc);
+    let rkey = rig.keys[1].key;
+    rig.hca
+        .memory()
+        .write(rig.regions[1].iova + 64, &40u64.to_le_bytes());
+    for (request, before, after) in [
+        (SendRequest::FetchAdd(VA + 64, rkey, 2), 40u64, 42u64),
+        (SendRequest::CompareSwap(VA + 64, rkey, 42, 7), 42, 7),
+        (SendRequest::CompareSwap(VA + 64, rkey, 42, 9), 7, 7),
+    ] {
+        rig.send(request, VA + 128, 8);
+        assert_eq!(rig.completion(0).opcode(), CqeOpcode::REQUESTER, "{request:?}");
+        assert_eq!(rig.contents(0, 128, 8), before.to_le_bytes(), "{request:?}");
+        assert_eq!(rig.contents(1, 64, 8), after.to_le_bytes(), "{request:?}");
+    }
+}
+
+#[test]
+fn test_datagram_when_received_has_its_source() {
+    let mut rig = rig(Service::Ud);
+    let sent = rig.fill(0, 9, 1000);
+    let key = rig.keys[1];
+    rig.hca.post_receive(&mut rig.qps[1], key, VA, 4096);
+    let lid = rig.hca.lid().unwrap();
+    let (to, qkey) = (rig.qps[1].number(), rig.hca.q_key(&rig.qps[1]).unwrap());
+    rig.send(SendRequest::Datagram(to, lid, qkey), VA, 1000);
+    assert_eq!(rig.completion(0).opcode(), CqeOpcode::REQUESTER);
+    let cqe = rig.completion(1);
+    assert_eq!(
+        (cqe.opcode(), cqe.byte_cnt.get()),
+        (CqeOpcode::RESPONDER_SEND, 1040)
+    );
+    assert_eq!(cqe.flags_rqpn.get() & 0xff_ffff, rig.qps[0].number());
+    assert_eq!((cqe.slid.get(), rig.contents(1, 40, 1000)), (lid, sent));
+}
+
+#[test]
+fn test_access_when_the_key_does_not_allow_it_fails_and_flushes() {
+    // What is asked, and what both sides hear.
+    let read_only = |rig: &Rig| {
+        rig.hca
+            .memory_key(rig.pd, rig.regions[1], VA, &RIGHTS[..3])
+            .unwrap()
+            .key
+    };
+    type Case = (&'static str, fn(&Rig, u32) -> SendRequest, u64, Syndrome);
+    let cases: [Case; 5] = [
+        (
+            "no such key",
+            |_, _| SendRequest::Write(VA, 0x1234_5600),
+            VA,
+            Syndrome::REMOTE_ACCESS,
+        ),
+        (
+            "no right",
+            |_, key| SendRequest::Write(VA, key),
+            VA,
+            Syndrome::REMOTE_ACCESS,
+        ),
+        (
+            "beyond the end",
+            |rig, _| SendRequest::Write(VA + (1 << 20) - 4, rig.keys[1].key),
+            VA,
+            Syndrome::REMOTE_ACCESS,
+        ),
+        (
+            "local beyond the end",
+            |rig, _| SendRequest::Write(VA, rig.keys[1].key),
+            VA + (1 << 20) - 4,
+            Syndrome::LOCAL_PROTECTION,
+        ),
+        (
+            "unaligned atomic",
+            |rig, _| SendRequest::FetchAdd(VA + 4, rig.keys[1].key, 1),
+            VA,
+            Syndrome::REMOTE_INVALID_REQUEST,
+        ),
+    ];
+    for (name, request, va, expected) in cases {
+        let mut rig = rig(Service::Rc);
+        let weak = read_only(&rig);
+        let before = rig.fill(1, 77, 64);
+        let request = request(&rig, weak);
+        rig.send(request, va, 8);
+        assert_eq!(rig.completion(0).syndrome(), Some(expected), "{name}");
+        let state = State(rig.hca.query(&rig.qps[0]).unwrap().get(Qpc::STATE) as u8);
+        assert_eq!(state, State::ERR, "{name}");
+        // What is posted from now on is flushed.
+        let rkey = rig.keys[1].key;
+        rig.send(SendRequest::Write(VA, rkey), VA, 8);
+        assert_eq!(rig.completion(0).syndrome(), Some(Syndrome::FLUSHED), "{name}");
+        assert_eq!(rig.contents(1, 0, 64), before, "{name}");
+        // And received, of which no doorbell tells.
+        let key = rig.keys[0];
+        rig.hca.post_receive(&mut rig.qps[0], key, VA, 64);
+        let cqe = rig.completion(0);
+        assert_eq!(
+            (cqe.opcode(), cqe.syndrome()),
+            (CqeOpcode::RESPONDER_ERROR, Some(Syndrome::FLUSHED)),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn test_key_when_destroyed_is_used_no_more() {
+    let mut rig = rig(Service::Rc);
+    let key = rig.keys[1];
+    rig.send(SendRequest::Write(VA, key.key), VA, 4096);
+    assert_eq!(rig.completion(0).opcode(), CqeOpcode::REQUESTER);
+    rig.hca.destroy_key(key).unwrap();
+    let before = rig.fill(1, 3, 4096);
+    rig.send(SendRequest::Write(VA, key.key), VA, 4096);
+    assert_eq!(rig.completion(0).syndrome(), Some(Syndrome::REMOTE_ACCESS));
+    assert_eq!(rig.contents(1, 0, 4096), before);
+}
+
+#[test]
+fn test_key_when_registered_by_work_request_works_until_it_is_invalidated() {
+    let mut rig = rig(Service::Rc);
+    let key = rig.hca.free_key(rig.pd, 16).unwrap();
+    let values = Mkc::zeroed()
+        .with(Mkc::KEY, 0x77)
+        .with(Mkc::REMOTE_WRITE, 1)
+        .with(Mkc::LOG_PAGE_SIZE, 12)
+        .with_wide(Mkc::START, VA)
+        .with_wide(Mkc::LENGTH, 16 * 4096);
+    // Backwards, so that nothing but the table leads there.
+    let pages: Vec<u64> = (0..16u64)
+        .rev()
+        .map(|page| (rig.regions[1].iova + page * 4096) | MTT_READ | MTT_WRITE)
+        .collect();
+    let all = mask::FREE | mask::KEY | mask::RW | mask::PAGE_SIZE | mask::START | mask::LENGTH;
+    rig.hca
+        .post_registration(&mut rig.qps[0], key, all, &values, &pages)
+        .unwrap();
+    assert_eq!(rig.completion(0).opcode(), CqeOpcode::REQUESTER);
+    let sent = rig.fill(0, 5, 8192);
+    let rkey = key.key | 0x77;
+    rig.send(SendRequest::Write(VA, rkey), VA, 8192);
+    assert_eq!(rig.completion(0).opcode(), CqeOpcode::REQUESTER);
+    assert_eq!(rig.contents(1, 15 * 4096, 4096), sent[..4096]);
+    assert_eq!(rig.contents(1, 14 * 4096, 4096), sent[4096..]);
+    // Free again: the completion says that nobody uses it any more.
+    rig.hca
+        .post_registration(
+            &mut rig.qps[0],
+            key,
+            mask::FREE,
+            &Mkc::zeroed().with(Mkc::FREE, 1),
+            &[],
+        )
+        .unwrap();
+    assert_eq!(rig.completion(0).opcode(), CqeOpcode::REQUESTER);
+    rig.hca.memory().write(rig.regions[0].iova, &[0xee; 4096]);
+    rig.send(SendRequest::Write(VA, rkey), VA, 4096);
+    assert_eq!(rig.completion(0).syndrome(), Some(Syndrome::REMOTE_ACCESS));
+    assert_eq!(rig.contents(1, 15 * 4096, 4096), sent[..4096]);
+}
+
+#[test]
+fn test_registration_when_the_key_is_of_another_domain_is_refused() {
+    let mut rig = rig(Service::Rc);
+    let other = rig.hca.protection_domain().unwrap();
+    let key = rig.hca.free_key(other, 16).unwrap();
+    let own = Mkc::zeroed().with(Mkc::PD, rig.pd);
+    rig.hca
+        .post_registration(&mut rig.qps[0], key, mask::FREE | mask::PD, &own, &[])
+        .unwrap();
+    assert_eq!(rig.completion(0).syndrome(), Some(Syndrome::MW_BIND));
+}
+
+#[test]
+fn test_memory_when_unmapped_ends_in_an_error_and_not_in_a_write() {
+    let mut rig = rig(Service::Rc);
+    // A second mapping that can go away while the queues stay.
+    let file = rustix::fs::memfd_create("gone", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, 1 << 16).unwrap();
+    let backing = Arc::clone(rig.hca.backing());
+    let region = Region {
+        iova: 0x9_0000_0000,
+        len: 1 << 16,
+    };
+    backing
+        .dma_map(
+            region.iova,
+            region.len,
+            std::os::fd::AsFd::as_fd(&file),
+            0,
+            driver::backing::DmaProt::READ_WRITE,
+        )
+        .unwrap();
+    let key = rig.hca.memory_key(rig.pd, region, VA, &RIGHTS).unwrap();
+    rig.send(SendRequest::Write(VA, key.key), VA, 1 << 16);
+    assert_eq!(rig.completion(0).opcode(), CqeOpcode::REQUESTER);
+    backing.dma_unmap(region.iova, region.len).unwrap();
+    rig.send(SendRequest::Write(VA, key.key), VA, 1 << 16);
+    assert_eq!(rig.completion(0).syndrome(), Some(Syndrome::REMOTE_ACCESS));
+}
+
+#[test]
+fn test_completion_queue_when_armed_raises_an_event_and_an_interrupt_once() {
+    let mut rig = rig(Service::Rc);
+    let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
+    rig.hca
+        .backing()
+        .set_msix(1, Some(std::os::fd::AsFd::as_fd(&fd)))
+        .unwrap();
+    rig.hca.arm_events(&rig.eq).unwrap();
+    rig.hca.arm_completions(&mut rig.cqs[0], false).unwrap();
+    let rkey = rig.keys[1].key;
+    rig.send(SendRequest::Write(VA, rkey), VA, 8);
+    let limit = Timespec {
+        tv_sec: 20,
+        tv_nsec: 0,
+    };
+    let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+    assert_eq!(poll(&mut fds, Some(&limit)).unwrap(), 1, "no interrupt");
+    let event = rig.hca.poll_event(&mut rig.eq).expect("an event");
+    assert_eq!(Event(event.kind), Event::COMPLETION);
+    assert_eq!(event.data[DATA_NUMBER].get(), rig.cqs[0].number());
+    rig.completion(0);
+    // Not armed again: a completion alone says nothing.
+    rig.send(SendRequest::Write(VA, rkey), VA, 8);
+    rig.completion(0);
+    assert!(rig.hca.poll_event(&mut rig.eq).is_none());
+}
+
+#[test]
+fn test_send_when_nobody_receives_ends_after_its_retries() {
+    let mut rig = rig(Service::Rc);
+    let to = rig.qps[1].number();
+    let mut lonely = rig
+        .hca
+        .queue_pair(Service::Rc, rig.pd, 5, &rig.cqs[0], &rig.cqs[0])
+        .unwrap();
+    let connection = Connection {
+        qpn: to ^ 0x4000,
+        lid: rig.hca.lid().unwrap(),
+        retries: 1,
+        timeout: 8,
+    };
+    rig.hca.connect(&mut lonely, connection).unwrap();
+    let begin = Instant::now();
+    let key = rig.keys[0];
+    rig.hca
+        .post_send(&mut lonely, SendRequest::Send(None), key, VA, 8)
+        .unwrap();
+    assert_eq!(rig.completion(0).syndrome(), Some(Syndrome::TRANSPORT_RETRY));
+    assert!(begin.elapsed() < Duration::from_secs(15));
+    rig.hca.destroy_queue_pair(lonely).unwrap();
+}
+
+#[test]
+fn test_reset_when_queues_are_busy_leaves_nothing_and_a_driver_that_comes_up_again() {
+    let (backing, model) =
+        InProcess::build(|context| Mlx5::new(context, Mlx5Config::default())).expect("an HCA");
+    let backing = Arc::new(backing);
+    for _ in 0..3 {
+        let hca = Hca::new(Arc::clone(&backing) as Arc<dyn Backing>, MEMORY).expect("bring-up");
+        let pd = hca.protection_domain().unwrap();
+        let eq = hca.event_queue(6, 0, 1).unwrap();
+        let mut cq = hca.completion_queue(6, &eq).unwrap();
+        let mut qp = hca.queue_pair(Service::Rc, pd, 5, &cq, &cq).unwrap();
+        let to = Connection {
+            qpn: qp.number(),
+            lid: hca.lid().unwrap(),
+            retries: 7,
+            timeout: 14,
+        };
+        hca.connect(&mut qp, to).unwrap();
+        let region = hca.memory().take(1 << 20).unwrap();
+        let key = hca.memory_key(pd, region, VA, &RIGHTS).unwrap();
+        for _ in 0..8 {
+            hca.post_send(
+                &mut qp,
+                SendRequest::Write(VA, key.key),
+                key,
+                VA + (1 << 19),
+                1 << 19,
+            )
+            .unwrap();
+        }
+        hca.wait_completion(&mut cq).unwrap();
+        backing.reset().unwrap();
+        assert_eq!(model.atc().stats().live_entries, 0);
+        backing.dma_unmap(driver::mlx5::IOVA_BASE, MEMORY).unwrap();
+    }
+}
