@@ -64,6 +64,9 @@ pub enum Command {
     /// The benchmark's floor of wakes: sleeps until it is told (started by the benchmark).
     #[command(hide = true)]
     BenchWake(WakeArgs),
+    /// The benchmark's other programs: wants a processor (started by the benchmark).
+    #[command(hide = true)]
+    BenchHog(HogArgs),
 }
 
 /// Device models.
@@ -509,8 +512,37 @@ pub enum BenchCommand {
     Invalidate(BenchArgs),
     /// What a register access over vfio-user costs, against a raw socket.
     Mmio(MmioArgs),
+    /// What it costs to let an RDMA device reach memory: registration, on-demand paging, faults, a registration cache.
+    #[cfg(feature = "verbs")]
+    Register(Box<crate::bench::register::RegisterArgs>),
     /// What the three ways to notice a store cost (`--doorbell trap|bell|poll`), and an idle device.
     Doorbell(DoorbellArgs),
+    /// What the InfiniBand transport and fabric inside a process cost, against memcpy.
+    Rdma(RdmaArgs),
+}
+
+/// Options of `bench rdma`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Transport and fabric alone, without a guest: queue pairs on one thread that is both ends, and on two threads. Bandwidth
+against memcpy of the same bytes, small messages against one queue pair, in ABBA blocks: the median of the paired
+ratios with its 95% bootstrap interval. Targets are met or not met; the exit code does not depend on them.
+
+Example:
+  tlbridge bench rdma --json rdma.json")]
+pub struct RdmaArgs {
+    /// Write the result as one JSON object to a file (`-` = stdout instead of the table).
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Few blocks: to see that it works, not to publish.
+    #[arg(long)]
+    pub quick: bool,
+    /// Seed of the bootstrap.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// Most payload of one segment, in KiB; without it the transport's default.
+    #[arg(long, value_name = "KIB", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub segment: Option<u32>,
 }
 
 /// Options of `bench doorbell`.
@@ -576,6 +608,17 @@ pub struct WakeArgs {
     /// Where to listen; a FIFO is made beside it.
     #[arg(long)]
     pub socket: PathBuf,
+    /// Supervision.
+    #[command(flatten)]
+    pub supervised: Supervised,
+}
+
+/// Options of the busy process of `bench invalidate`.
+#[derive(Debug, Clone, Args)]
+pub struct HogArgs {
+    /// Its processor.
+    #[arg(long)]
+    pub cpu: usize,
     /// Supervision.
     #[command(flatten)]
     pub supervised: Supervised,

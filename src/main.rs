@@ -53,7 +53,11 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Some(Command::Device(args)) => device::run(&args, &mut out),
         Some(Command::Host(args)) => host::run(&args).map(done),
         Some(Command::Bench(BenchCommand::Mmio(args))) => bench::mmio::run(&args, &mut out).map(done),
+        Some(Command::Bench(BenchCommand::Rdma(args))) => bench::rdma::run(&args, &mut out).map(done),
         Some(Command::Bench(BenchCommand::Doorbell(args))) => bench::doorbell::run(&args, &mut out).map(done),
+        Some(Command::BenchHog(args)) => bench::hog::run(&args).map(done),
+        #[cfg(feature = "verbs")]
+        Some(Command::Bench(BenchCommand::Register(args))) => bench::register::run(&args, &mut out).map(done),
         Some(Command::BenchWake(args)) => bench::wake::run(&args).map(done),
         Some(Command::BenchEcho(args)) => bench::mmio::echo::run(&args).map(done),
         Some(Command::Conformance(args)) => conformance::run(&args, &mut out).map(|good| match good {

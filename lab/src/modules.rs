@@ -59,7 +59,8 @@ impl Lab {
         }
         ensure!(
             series == Series::Stable,
-            "Linux has no sgi-gru driver since 7.3: the GRU's modules are for the {} kernel",
+            "Linux has no sgi-gru driver any more (it is gone in 7.3): the GRU's modules are for the {} kernel, and \
+             `--model none` boots this one",
             Series::Stable.name()
         );
         ensure!(

@@ -218,7 +218,7 @@ impl Tree {
             .args([
                 "sh",
                 "-ec",
-                "mount --bind \"$1\" \"$2/mnt\"; exec chroot \"$2\" sh -ec \"$3\"",
+                "mount --bind \"$1\" \"$2/mnt\"; mount --rbind /dev \"$2/dev\"; exec chroot \"$2\" sh -ec \"$3\"",
                 "inside",
             ])
             .arg(work)

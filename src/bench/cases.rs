@@ -17,6 +17,8 @@ pub enum Case {
     AgentSilent,
     /// By the agent, live translations, the device's engines asleep.
     AgentLiveParked,
+    /// The same with a busy process on every processor.
+    AgentLiveCrowded,
     /// By the agent, live translations, the device at work for somebody else.
     AgentLiveBusy,
     /// A plain munmap of a registered range with live translations.
@@ -27,11 +29,12 @@ pub enum Case {
 
 impl Case {
     /// In the order of measurement: the attached process last, since it makes every call hop.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Monitor,
         Self::AgentUnregistered,
         Self::AgentSilent,
         Self::AgentLiveParked,
+        Self::AgentLiveCrowded,
         Self::AgentLiveBusy,
         Self::SafetyNet,
         Self::AgentSleeping,
@@ -44,6 +47,7 @@ impl Case {
             Self::AgentUnregistered => "agent, not registered",
             Self::AgentSilent => "agent, nothing cached",
             Self::AgentLiveParked => "agent, live, device asleep",
+            Self::AgentLiveCrowded => "agent, live, device asleep, hogs",
             Self::AgentLiveBusy => "agent, live, device busy",
             Self::SafetyNet => "safety net, live",
             Self::AgentSleeping => "agent, attached process",
@@ -54,8 +58,17 @@ impl Case {
     pub fn live(self) -> bool {
         matches!(
             self,
-            Self::AgentLiveParked | Self::AgentLiveBusy | Self::SafetyNet | Self::AgentSleeping
+            Self::AgentLiveParked
+                | Self::AgentLiveCrowded
+                | Self::AgentLiveBusy
+                | Self::SafetyNet
+                | Self::AgentSleeping
         )
+    }
+
+    /// Whether the device's engines have been asleep for a while when the call begins.
+    pub fn parked(self) -> bool {
+        matches!(self, Self::AgentLiveParked | Self::AgentLiveCrowded)
     }
 }
 
@@ -63,6 +76,8 @@ impl Case {
 /// say something (how the cost grows with the range).
 pub fn wanted(size: usize, case: Case, quick: bool) -> bool {
     match size {
+        // Slices of other programs are what it shows.
+        _ if case == Case::AgentLiveCrowded => size == SIZES[0],
         _ if quick => size <= 2 << 20,
         0..=0x20_0000 => true,
         0x20_0001..=0x400_0000 => !matches!(case, Case::AgentUnregistered | Case::AgentSleeping),
@@ -70,10 +85,8 @@ pub fn wanted(size: usize, case: Case, quick: bool) -> bool {
     }
 }
 
-/// Whether a cell is measured where every process has its processor: the target is about one page.
-pub fn wanted_when_placed(size: usize) -> bool {
-    size == SIZES[0]
-}
+/// What is measured where every process has its processor: one page, and a range that takes one flush, too.
+pub const PLACED_SIZES: [usize; 2] = [4096, 2 << 20];
 
 /// ABBA blocks of a cell.
 pub fn blocks_of(size: usize, quick: bool) -> usize {

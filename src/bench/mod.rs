@@ -3,9 +3,13 @@
 mod cases;
 pub mod doorbell;
 pub mod guest;
+pub mod hog;
 pub mod mmio;
 mod monitor;
 mod placement;
+pub mod rdma;
+#[cfg(feature = "verbs")]
+pub mod register;
 mod report;
 mod statistics;
 pub mod subject;

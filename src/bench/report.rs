@@ -181,15 +181,18 @@ impl BenchResult {
         for row in &self.rows {
             if let Some(w) = row.wakes {
                 line(format!(
-                    "floor ({}) of {}, {}: socket echo {} + one wake {}; more than plain munmap: {:.2} [{:.2}, {:.2}] of that",
+                    "floor ({}) of {}, {}: socket echo {} + one wake {} (p99 {}, max {}); more than plain munmap: {:.2} [{:.2}, {:.2}] of that; max {}",
                     mode_name(row.uffd_mode),
                     title(row),
                     size(row.size_bytes),
                     human(w.socket_echo_p50_ns),
                     human(w.wake_p50_ns),
+                    human(w.floor_p99_ns),
+                    human(w.floor_max_ns),
                     w.ratio.median,
                     w.ratio.low,
-                    w.ratio.high
+                    w.ratio.high,
+                    human(row.paired.max_ns)
                 ));
             }
         }

@@ -52,6 +52,9 @@ pub struct Paired {
     pub p50_ns: u64,
     /// 99th percentile of the subject's calls.
     pub p99_ns: u64,
+    /// Slowest of the subject's calls.
+    #[serde(default)]
+    pub max_ns: u64,
     /// Subject over floor.
     pub ratio: Interval,
     /// Subject less floor.
@@ -78,6 +81,7 @@ pub fn paired(blocks: &[Block], seed: u64) -> Paired {
         floor_p99_ns: quantile(&floor, 0.99),
         p50_ns: quantile(&subject, 0.5),
         p99_ns: quantile(&subject, 0.99),
+        max_ns: subject[subject.len() - 1],
         ratio: bootstrap(&ratios, seed),
         difference_ns: bootstrap(&differences, seed),
     }

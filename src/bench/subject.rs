@@ -12,7 +12,8 @@ use protos::gru::cb::{Instruction, XType};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::cases::{Case, SIZES, blocks_of, wanted, wanted_when_placed};
+use super::cases::{Case, PLACED_SIZES, SIZES, blocks_of, wanted};
+use super::hog::Hogs;
 use super::monitor::Monitor;
 use super::placement::Placement;
 use super::statistics::{Block, Interval, Paired, bootstrap, paired, quantile};
@@ -65,6 +66,10 @@ pub struct Wakes {
     pub socket_echo_p50_ns: u64,
     /// One wake of the device's stand-in.
     pub wake_p50_ns: u64,
+    /// 99th percentile of the sums of the two.
+    pub floor_p99_ns: u64,
+    /// The largest sum.
+    pub floor_max_ns: u64,
     /// What the call takes more than the plain one, over the sum of the two; by blocks.
     pub ratio: Interval,
 }
@@ -135,7 +140,11 @@ impl Subject<'_> {
         let peer = (case == Case::AgentSleeping)
             .then(|| self.peer(stop))
             .transpose()?;
-        let mut wake = (case == Case::AgentLiveParked)
+        let hogs = (case == Case::AgentLiveCrowded)
+            .then(|| Hogs::start(stop))
+            .transpose()?;
+        let mut wake = case
+            .parked()
             .then(|| {
                 let dir = self.args.supervised.private_dir.as_deref();
                 let dir = dir.context("the benchmark's own processes have a private directory")?;
@@ -148,12 +157,13 @@ impl Subject<'_> {
                 break;
             }
             let short = self.args.most_bytes.is_none_or(|most| size <= most);
-            if short && wanted(size, case, self.args.quick) && (!placed || wanted_when_placed(size)) {
+            let placed_size = !placed || PLACED_SIZES.contains(&size);
+            if short && wanted(size, case, self.args.quick) && placed_size {
                 let row = self.measure(case, size, wake.as_mut())?;
                 stop::say(&json!({ "row": row }));
             }
         }
-        drop((busy, peer));
+        drop((busy, peer, wake, hogs));
         Ok(())
     }
 
@@ -261,7 +271,7 @@ impl Subject<'_> {
         if case.live() {
             self.touch(address, size)?;
         }
-        if case == Case::AgentLiveParked {
+        if case.parked() {
             // Not synchronisation: the state that the row is about is "idle for so long".
             std::thread::sleep(PARKED);
         }
@@ -334,17 +344,24 @@ impl Subject<'_> {
 }
 
 fn held_against(blocks: &[Block], mut echoes: Vec<u64>, mut wakes: Vec<u64>, seed: u64) -> Wakes {
-    let floors = echoes.iter().zip(&wakes).map(|(echo, wake)| (echo + wake) as f64);
+    let mut floors: Vec<u64> = echoes
+        .iter()
+        .zip(&wakes)
+        .map(|(echo, wake)| echo + wake)
+        .collect();
     let ratios: Vec<f64> = blocks
         .iter()
-        .zip(floors)
-        .map(|(b, floor)| b.difference() / floor)
+        .zip(&floors)
+        .map(|(b, floor)| b.difference() / *floor as f64)
         .collect();
-    echoes.sort_unstable();
-    wakes.sort_unstable();
+    for times in [&mut echoes, &mut wakes, &mut floors] {
+        times.sort_unstable();
+    }
     Wakes {
         socket_echo_p50_ns: quantile(&echoes, 0.5),
         wake_p50_ns: quantile(&wakes, 0.5),
+        floor_p99_ns: quantile(&floors, 0.99),
+        floor_max_ns: quantile(&floors, 1.0),
         ratio: bootstrap(&ratios, seed),
     }
 }

@@ -4,9 +4,9 @@
 use protos::bridge::control::UffdMode;
 use serde::{Deserialize, Serialize};
 
-use super::cases::Case;
+use super::cases::{Case, PLACED_SIZES};
 use super::placement::Placement;
-use super::report::{Absent, BenchResult};
+use super::report::{Absent, BenchResult, size};
 use super::subject::{Row, Wakes};
 
 /// Verdict on a target.
@@ -102,10 +102,14 @@ pub fn judge(result: &BenchResult) -> Vec<Target> {
                 }
             },
         );
-        for placement in [Placement::OneProcessor, Placement::DeviceApart] {
+        let places = [Placement::OneProcessor, Placement::DeviceApart];
+        for (length, placement) in PLACED_SIZES
+            .into_iter()
+            .flat_map(|s| places.map(|p| (s as u64, p)))
+        {
             let row = rows
                 .iter()
-                .find(|r| r.uffd_mode == mode && r.placement == placement);
+                .find(|r| r.uffd_mode == mode && r.placement == placement && r.size_bytes == length);
             let absent = || {
                 let is = |a: &&Absent| a.placement == placement && a.uffd_mode == mode;
                 let why = result.absent.iter().find(is).map(|a| a.reason.clone());
@@ -116,7 +120,8 @@ pub fn judge(result: &BenchResult) -> Vec<Target> {
             };
             add(
                 &format!(
-                    "live translations, 4 KiB, device asleep, {}: at most 1.5 times (a socket echo + a wake) more",
+                    "live translations, {}, device asleep, {}: at most 1.5 times (a socket echo + a wake) more",
+                    size(length),
                     placement.label()
                 ),
                 row.and_then(|row| row.wakes).map_or_else(absent, against_wakes),
@@ -222,7 +227,7 @@ mod tests {
         };
         let na = Status::NotApplicable;
         let two = result(rows(), 2);
-        assert_eq!(statuses(&two), [Status::Met, na, na, na, na, na, na]);
+        assert_eq!(statuses(&two), [Status::Met, na, na, na, na, na, na, na, na]);
         assert!(judge(&two)[4].reason.contains("2 online"), "{:?}", judge(&two)[4]);
         assert_eq!(statuses(&result(rows(), 4))[4], Status::Met);
         let mut quick = result(rows(), 4);
@@ -248,6 +253,8 @@ mod tests {
             wakes: Some(Wakes {
                 socket_echo_p50_ns: 20_000,
                 wake_p50_ns: 8_000,
+                floor_p99_ns: 50_000,
+                floor_max_ns: 60_000,
                 ratio: Interval {
                     median: ratio,
                     low: ratio - 0.05,

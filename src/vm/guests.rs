@@ -372,6 +372,28 @@ mod tests {
     use super::*;
 
     #[test]
+    fn test_device_when_nothing_is_said_about_doorbells_traps_every_access() {
+        use clap::Parser;
+        let of = |more: &[&str]| -> Vec<String> {
+            let words = [&["tlbridge", "vm", "--model", "gru"], more].concat();
+            match crate::cli::Cli::try_parse_from(words).unwrap().command {
+                Some(crate::cli::Command::Vm(args)) => device_args(&args)
+                    .into_iter()
+                    .map(|word| word.to_string_lossy().into_owned())
+                    .collect(),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(of(&[]), ["--doorbell", "trap"]);
+        assert_eq!(
+            of(&["--device-arg=--engines=4"]),
+            ["--doorbell", "trap", "--engines=4"]
+        );
+        assert_eq!(of(&["--doorbell", "poll"]), ["--doorbell", "poll"]);
+        assert_eq!(of(&["--device-arg=--doorbell=bell"]), ["--doorbell=bell"]);
+    }
+
+    #[test]
     fn test_log_when_of_several_guests_has_the_index() {
         let log = Path::new("/x/vm.log");
         assert_eq!(log_of(log, 0, 1), Path::new("/x/vm.log"));

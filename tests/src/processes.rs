@@ -96,14 +96,24 @@ impl Tool {
     /// When it can't be started.
     #[must_use]
     pub fn start(arguments: &[&str]) -> Self {
-        let mut child = Command::new(binary())
-            .args(arguments)
+        let mut command = Command::new(binary());
+        command.args(arguments);
+        Self::start_command(command)
+    }
+
+    /// Starts the tool as this command says; its streams are piped.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn start_command(mut command: Command) -> Self {
+        let mut child = command
             .env("RUST_LOG", "warn")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .unwrap_or_else(|e| panic!("starting {}: {e}", binary().display()));
+            .unwrap_or_else(|e| panic!("starting {:?}: {e}", command.get_program()));
         let (mut out, mut err) = (
             child.stdout.take().expect("piped"),
             child.stderr.take().expect("piped"),

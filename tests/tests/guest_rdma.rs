@@ -123,7 +123,7 @@ fn test_own_tests_of_rdma_core_when_run_in_the_image_pass_on_rxe() {
     let some = if whole {
         ""
     } else {
-        "test_atomic test_mr.MRTest test_odp"
+        "test_atomic test_qpex test_qp.QPTest test_odp"
     };
     let finished = guest
         .run(

@@ -75,6 +75,66 @@ fn test_vm_when_it_cannot_run_the_command_has_exit_codes_of_its_own() {
 }
 
 #[test]
+fn test_vm_when_of_two_guests_runs_the_command_in_both_and_has_the_worst_code() {
+    let rig = guest_or_skip!();
+    let kernel = rig.kernel.image.to_str().unwrap();
+    let place = tempfile::tempdir().unwrap();
+    let log = place.path().join("vm.log");
+    let mut arguments = vec!["vm", "--model", "gru", "--guests", "2", "--kernel", kernel];
+    arguments.extend(["--log", log.to_str().unwrap(), "--", "sh", "-c"]);
+    let script = "echo $GUEST_INDEX of $GUESTS; cat /sys/bus/pci/devices/0000:00:01.0/vendor; exit $((GUEST_INDEX + 3))";
+    arguments.push(script);
+    let ended = Tool::start(&arguments)
+        .wait(LIMIT)
+        .expect("tlbridge vm does not end");
+    assert_eq!(ended.status.code(), Some(4), "{ended:?}");
+    let mut lines: Vec<_> = ended.stdout.lines().collect();
+    lines.sort_unstable();
+    assert_eq!(
+        lines,
+        ["0: 0 of 2", "0: 0x10a9", "1: 0x10a9", "1: 1 of 2"],
+        "{ended:?}"
+    );
+    for name in ["vm-0.log", "vm-1.log"] {
+        assert!(
+            std::fs::read_to_string(place.path().join(name)).is_ok_and(|t| t.contains('[')),
+            "{name}"
+        );
+    }
+    // One that is gone is an error; the other one has run to its end.
+    arguments.pop();
+    arguments.push("if [ $GUEST_INDEX = 0 ]; then poweroff -f; fi; echo here");
+    let ended = Tool::start(&arguments)
+        .wait(LIMIT)
+        .expect("tlbridge vm does not end");
+    assert_eq!(ended.status.code(), Some(125), "{ended:?}");
+    assert_eq!(ended.stdout, "1: here\n", "{ended:?}");
+    assert!(ended.stderr.contains("guest 0"), "{ended:?}");
+}
+
+#[test]
+fn test_vm_when_the_driver_is_not_in_the_kernel_any_more_says_so() {
+    let rig = guest_or_skip!();
+    if let Err(why) = rig.lab.find_kernel(lab::kernel::Series::Backports) {
+        println!("SKIP: {why:#}");
+        return;
+    }
+    let ended = Tool::start(&[
+        "vm",
+        "--model",
+        "gru",
+        "--kernel-series",
+        "backports",
+        "--",
+        "true",
+    ])
+    .wait(LIMIT)
+    .expect("tlbridge vm does not end");
+    assert_eq!(ended.status.code(), Some(125), "{ended:?}");
+    assert!(ended.stderr.contains("no sgi-gru driver"), "{ended:?}");
+}
+
+#[test]
 fn test_vm_when_interrupted_or_killed_leaves_nothing_behind() {
     let rig = guest_or_skip!();
     let kernel = rig.kernel.image.to_str().unwrap();

@@ -17,6 +17,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
     ("tlbridge-host", &["tlbridge-protos", "tlbridge-driver"]),
     ("tlbridge-lab", &[]),
+    ("tlbridge-verbs", &[]),
     (
         "tlbridge-tests",
         &[
@@ -32,6 +33,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "tlbridge",
         &[
             "tlbridge-lab",
+            "tlbridge-verbs",
             "tlbridge-protos",
             "tlbridge-device",
             "tlbridge-driver",

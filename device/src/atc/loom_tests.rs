@@ -60,6 +60,7 @@ fn core(engines: usize, ways: usize, checks: Checks) -> Arc<Core> {
         sets: 1,
         ways,
         tickets: 1,
+        by_message: false,
         engines,
         checks,
         drain_warning: std::time::Duration::MAX,

@@ -3,6 +3,7 @@
 //! A CB is executed by whichever engine gets its CBR's lock. Progress is in the CBE after every step, so an
 //! instruction survives INTERRUPT, save by software, and restore on another CBR.
 
+use std::ops::ControlFlow;
 use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
@@ -24,7 +25,12 @@ const LAST_REST: Duration = Duration::from_millis(1);
 
 impl Hardware {
     /// One step for every CB that can make one. `between` runs after each step, when nothing is held.
-    pub(super) fn run_contexts(&self, chiplet: &Chiplet, bench: &mut Bench, mut between: impl FnMut()) {
+    pub(super) fn run_contexts(
+        &self,
+        chiplet: &Chiplet,
+        bench: &mut Bench,
+        mut between: impl FnMut() -> ControlFlow<()>,
+    ) {
         for number in bits(u64::from(chiplet.active.load(Ordering::Acquire))) {
             let context = &chiplet.contexts[number];
             let Some(inside) = context.enter() else {
@@ -36,8 +42,9 @@ impl Hardware {
                 }
                 if self.has_work(chiplet, (number, logical), cbr)
                     && self.step(chiplet, (context, &inside), (number, logical), cbr, bench)
+                    && between().is_break()
                 {
-                    between();
+                    return;
                 }
             }
         }

@@ -4,8 +4,9 @@
 //! engine that finds nothing spins for a while (if it is the only one awake), then sleeps: an idle device
 //! costs nothing.
 
-use std::sync::Arc;
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use super::Doorbell;
@@ -14,6 +15,12 @@ use crate::atc;
 
 /// A pass in this many looks at the TFHs of CBRs that have no miss, too.
 const FULL_LOOK: u32 = 64;
+/// A yield that takes so long has let somebody else compute.
+const CROWDED: Duration = Duration::from_micros(200);
+/// After such a yield so many are not made.
+const AVOIDED: u32 = 256;
+/// After so many sleeps that ended by TGHs alone the engine comes up once, and empties the bells on its way back.
+const FLUSHES_IN_SLEEP: u32 = 256;
 
 /// What belongs to one engine thread.
 #[derive(Debug)]
@@ -25,23 +32,46 @@ pub(super) struct Bench {
     pub(super) room: Box<[u8]>,
 }
 
+/// Giving the processor up while the engine counts as awake: free of charge where nobody else wants it, a slice of
+/// somebody else's where programs compute on it, and so long nobody rings for what is stored meanwhile. Which of the two
+/// it is shows by how long it takes.
+#[derive(Debug, Default)]
+struct Yielding {
+    /// How often it is yet to be avoided.
+    crowded: u32,
+}
+
+impl Yielding {
+    fn yield_now(&mut self) {
+        let since = Instant::now();
+        std::thread::yield_now();
+        if since.elapsed() >= CROWDED {
+            self.crowded = AVOIDED;
+        }
+    }
+
+    /// Whether the last one that was made took long; asked instead of one.
+    fn is_dear(&mut self) -> bool {
+        let dear = self.crowded > 0;
+        self.crowded = self.crowded.saturating_sub(1);
+        dear
+    }
+}
+
 /// How long to look for work before sleeping: doubled when work came while spinning, halved when not.
 #[derive(Debug)]
 struct Spin {
     limit: Duration,
     budget: Duration,
     since: Option<Instant>,
-    /// See [`Hardware::polite`].
-    polite: bool,
 }
 
 impl Spin {
-    fn new(limit: Duration, polite: bool) -> Self {
+    fn new(limit: Duration) -> Self {
         Self {
             limit,
             budget: limit,
             since: None,
-            polite,
         }
     }
     fn found(&mut self) {
@@ -49,13 +79,19 @@ impl Spin {
             self.budget = (self.budget * 2).min(self.limit);
         }
     }
-    fn again(&mut self) -> bool {
+    /// Where the engine is to be polite it gives the processor up between two looks, by `yielding`.
+    fn again(&mut self, yielding: Option<&mut Yielding>) -> bool {
         let since = *self.since.get_or_insert_with(Instant::now);
         if since.elapsed() < self.budget {
-            if self.polite {
-                std::thread::yield_now();
-            } else {
-                std::hint::spin_loop();
+            match yielding {
+                None => std::hint::spin_loop(),
+                Some(yielding) => {
+                    if yielding.is_dear() {
+                        self.since = None;
+                        return false;
+                    }
+                    yielding.yield_now();
+                }
             }
             return true;
         }
@@ -87,40 +123,52 @@ pub(super) fn run(hardware: &Arc<Hardware>, mut bench: Bench) {
         Doorbell::Bell => Duration::ZERO,
         Doorbell::Trap | Doorbell::Poll => hardware.config.spin,
     };
-    let mut spin = Spin::new(limit, hardware.polite);
+    let mut spin = Spin::new(limit);
+    let mut yielding = Yielding::default();
     let mut passes = 0u32;
     let mut full = true;
     let mut timed = false;
     wake.enter();
     while !wake.stopping() {
         passes = passes.wrapping_add(1);
-        if hardware.pass(
-            &mut bench,
-            std::mem::take(&mut full) || passes.is_multiple_of(FULL_LOOK),
-        ) {
+        let full_look = std::mem::take(&mut full) || passes.is_multiple_of(FULL_LOOK);
+        let found = hardware.pass(&mut bench, full_look);
+        if found.flushed && hardware.polite {
+            // Whoever waits for the flush may wait for this processor, and everything else can wait for it. (Not during
+            // the look: a reset waits for its end.)
+            if yielding.is_dear() {
+                // Another engine takes what waits, and who stores something meanwhile rings.
+                wake.hand_over(|| hardware.work_waits());
+                std::thread::yield_now();
+                wake.enter();
+            } else {
+                yielding.yield_now();
+            }
+        }
+        if found.worked {
             spin.found();
             timed = false;
             continue;
         }
         // Who wakes by the clock and finds nothing sleeps again: polls cost no spinning.
-        if !timed && !wake.others_awake() && spin.again() {
+        if !timed && !wake.others_awake() && spin.again(hardware.polite.then_some(&mut yielding)) {
             continue;
         }
         wake.doze();
-        // Whoever stored before the count was lowered did not ring.
-        timed = false;
-        if !hardware.work_waits() {
-            let keeper = hardware.keep_time();
-            let limit = hardware
-                .next_look()
-                .or(keeper.as_ref().map(|keeper| keeper.limit));
-            timed = limit.is_some();
-            wake.sleep(limit);
-        }
+        timed = hardware.sleep_and_flush();
         full = true;
         wake.come_back();
     }
     wake.pass_on_stop();
+}
+
+/// What a look came to.
+#[derive(Debug, Clone, Copy)]
+struct Found {
+    /// There was something.
+    worked: bool,
+    /// A TGH was among it.
+    flushed: bool,
 }
 
 /// The engine that sleeps by the clock.
@@ -137,14 +185,11 @@ impl Drop for TimeKeeper<'_> {
 }
 
 impl Hardware {
-    /// Looks at everything once and does what it finds. Returns whether there was anything.
-    fn pass(&self, bench: &mut Bench, full: bool) -> bool {
-        // A reset excludes this. (A poisoned lock would mean that a reset died: its assertion has been reported.)
-        let _working = self
-            .quiesce
-            .read()
-            .expect("no thread dies while it resets the device");
-        let mut worked = self.flush_handles() | self.tgh_settle();
+    /// Looks at everything once and does what it finds.
+    fn pass(&self, bench: &mut Bench, full: bool) -> Found {
+        let _working = self.working();
+        let mut flushed = self.execute_tghs() | self.tgh_settle();
+        let mut worked = flushed;
         for chiplet in &self.chiplets {
             worked |= self.tfh_scan(chiplet, full);
             worked |= self.cch_retry(chiplet);
@@ -154,23 +199,74 @@ impl Hardware {
         for chiplet in &self.chiplets {
             self.run_contexts(chiplet, bench, || {
                 steps += 1;
-                self.flush_handles();
+                let flushed_now = self.execute_tghs();
+                flushed |= flushed_now;
                 if steps == 2 {
                     // A backlog: this look has found more than one thing to run.
                     self.wake.call();
                 }
+                if flushed_now && self.polite {
+                    return ControlFlow::Break(());
+                }
+                ControlFlow::Continue(())
             });
         }
-        worked || steps > 0
+        Found {
+            worked: worked || steps > 0,
+            flushed,
+        }
+    }
+
+    /// Sleeps, and executes the TGHs that it is woken for; returns when there is, or may be, something else to do. Whether
+    /// the last sleep had a limit.
+    ///
+    /// The engine counts as asleep throughout: who stores rings, and what rings now is found by the look before the next
+    /// sleep or ends that sleep at once. So a TGH is executed without telling everybody that the device is up (one
+    /// store into the page of each GSEG) before the one who waits for it is answered; and where that one waits for this
+    /// very processor, it gets it as soon as nothing else is to be done here.
+    fn sleep_and_flush(&self) -> bool {
+        let mut timed = false;
+        for _ in 0..FLUSHES_IN_SLEEP {
+            // Whoever stored before the count was lowered, or while TGHs were executed, may not have been heard.
+            if self.work_waits() {
+                return false;
+            }
+            let keeper = self.keep_time();
+            let limit = self.next_look().or(keeper.as_ref().map(|keeper| keeper.limit));
+            timed = limit.is_some();
+            self.wake.sleep(limit);
+            drop(keeper);
+            // Rung for something else, or processors enough to look for more work before sleeping.
+            if !self.flush_when_woken() || !self.polite {
+                break;
+            }
+        }
+        timed
+    }
+
+    /// The TGHs alone. Nobody who waits for the device to be quiet waits for a yield here: there is none.
+    fn flush_when_woken(&self) -> bool {
+        let _working = self.working();
+        self.execute_tghs()
+    }
+
+    /// A reset excludes this. (A poisoned lock would mean that a reset died: its assertion has been reported.)
+    fn working(&self) -> RwLockReadGuard<'_, ()> {
+        self.quiesce
+            .read()
+            .expect("no thread dies while it resets the device")
+    }
+
+    fn execute_tghs(&self) -> bool {
+        self.chiplets
+            .iter()
+            .fold(false, |worked, chiplet| worked | self.tgh_scan(chiplet))
     }
 
     /// Whether there is something that this engine could do: a look that changes nothing. What another engine is
     /// doing right now does not count; it looks again by itself.
     pub(super) fn work_waits(&self) -> bool {
-        let _working = self
-            .quiesce
-            .read()
-            .expect("no thread dies while it resets the device");
+        let _working = self.working();
         self.tgh_settles()
             || self.chiplets.iter().any(|chiplet| {
                 self.tgh_waiting(chiplet)
@@ -187,18 +283,6 @@ impl Hardware {
         let result = long();
         self.wake.enter();
         result
-    }
-
-    fn flush_handles(&self) -> bool {
-        let flushed = self
-            .chiplets
-            .iter()
-            .fold(false, |worked, chiplet| worked | self.tgh_scan(chiplet));
-        if flushed && self.polite {
-            // Whoever spins on the handle may wait for this processor, and everything else can wait for it.
-            std::thread::yield_now();
-        }
-        flushed
     }
 
     /// One engine at a time sleeps with a limit, so that CBRs which rest get their next look.
@@ -223,17 +307,27 @@ mod tests {
 
     #[test]
     fn test_spin_when_nothing_comes_shrinks_and_ends() {
-        let mut spin = Spin::new(Duration::from_micros(80), true);
-        while spin.again() {}
+        let mut spin = Spin::new(Duration::from_micros(80));
+        while spin.again(None) {}
         assert_eq!(spin.budget, Duration::from_micros(40));
         for _ in 0..9 {
-            while spin.again() {}
+            while spin.again(None) {}
         }
         assert_eq!(spin.budget, Duration::from_micros(10));
-        spin.again();
+        spin.again(None);
         spin.found();
         assert_eq!(spin.budget, Duration::from_micros(20));
-        let mut none = Spin::new(Duration::ZERO, false);
-        assert!(!none.again());
+        let mut none = Spin::new(Duration::ZERO);
+        assert!(!none.again(None));
+    }
+
+    #[test]
+    fn test_spin_when_yields_are_dear_ends_at_once_for_a_while() {
+        let mut yielding = Yielding { crowded: AVOIDED };
+        let mut spin = Spin::new(Duration::from_secs(3600));
+        for _ in 0..AVOIDED {
+            assert!(!spin.again(Some(&mut yielding)));
+        }
+        assert!(spin.again(Some(&mut yielding)), "one is tried again");
     }
 }

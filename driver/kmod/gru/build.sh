@@ -80,5 +80,8 @@ for file in "$here"/gru/*; do
 done
 
 # shellcheck disable=SC2086 # empty or one word
-make -s -C "$headers" M="$build" -j"$(nproc)" $trace modules
+make -s -C "$headers" M="$build" -j"$(nproc)" $trace modules || {
+    kernel=$(cat "$headers/include/config/kernel.release" 2>/dev/null || echo unknown)
+    fail "no modules for Linux $kernel: the shim is for 6.12; with 6.1 it does not compile (no node_to_socket), and 7.3 has no sgi-gru driver"
+}
 cp "$build/tlbridge_uv.ko" "$build/gru/gru.ko" "$out/"

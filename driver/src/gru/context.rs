@@ -215,7 +215,7 @@ impl Context {
         let core = &self.inner.core;
         let written = match <[u8; 8]>::try_from(data) {
             // A word: in mapped memory it may start something, so the device is told.
-            Ok(word) if offset.is_multiple_of(8) => core.window.start(at, u64::from_le_bytes(word)),
+            Ok(word) if offset.is_multiple_of(8) => core.window.start(at, u64::from_le_bytes(word)).map(drop),
             _ => core.window.write_bytes(at, data),
         };
         core.io("writing a GSEG", written)
@@ -279,7 +279,7 @@ impl GsegAccess for ByMessage {
     }
     fn write64(&self, offset: u64, value: u64) -> std::io::Result<()> {
         let at = self.0.gseg_at(offset, 8).map_err(std::io::Error::other)?;
-        self.0.core.window.start(at, value)
+        self.0.core.window.start(at, value).map(drop)
     }
     fn read(&self, offset: u64, data: &mut [u8]) -> std::io::Result<()> {
         let at = self
@@ -414,11 +414,11 @@ fn command(
         .with_opc(operation)
         .with_cmd(true)
         .with_status(HandleStatus::ACTIVE);
-    core.io(
+    let device = core.io(
         "writing a context configuration handle",
         core.window.start(at + cch::CONTROL, word.into_bits()),
     )?;
-    let answer = cch::Control::from_bits(core.wait(HandleKind::Cch, chiplet, context)?);
+    let answer = cch::Control::from_bits(core.wait(HandleKind::Cch, chiplet, context, device)?);
     if answer.status() == HandleStatus::IDLE {
         return Ok(());
     }

@@ -14,12 +14,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::chiplet::Chiplet;
 use super::error::{GruError, HandleKind, Stall, StallAction};
-use super::window::Window;
+use super::window::{Device, Window};
 use super::{GruOptions, window};
 
 /// Iterations that only spin before the processor is given up: less than a microsecond. A device that is awake on
-/// another processor has answered by then, or soon after (a yield to nobody takes about as long as ten turns); one
-/// that has just been woken may wait for this processor.
+/// another processor has answered by then, or soon after (a yield to nobody takes about as long as ten turns). One that
+/// has just been woken has not, and may wait for this processor: there it is given up at once.
 const SPINS_BEFORE_YIELD: u32 = 20;
 /// How often a wait looks whether the device still exists.
 const LIVENESS_PERIOD: Duration = Duration::from_millis(10);
@@ -182,9 +182,18 @@ impl Core {
     /// Does not sleep when the handle is mapped: it spins, then yields (both are counted). It never gives
     /// up: the only ways out are the device's answer and the proof that the device has ended. A transport
     /// that has failed is such a wait too, because the device may still be running.
-    pub(crate) fn wait(&self, kind: HandleKind, chiplet: usize, index: usize) -> Result<u64, GruError> {
+    pub(crate) fn wait(
+        &self,
+        kind: HandleKind,
+        chiplet: usize,
+        index: usize,
+        device: Device,
+    ) -> Result<u64, GruError> {
         let offset = offset_of(kind, chiplet, index);
         let mut patience = Patience::new(kind, chiplet, index);
+        if device == Device::Rung {
+            patience.spinning = 0;
+        }
         loop {
             let transport = match self.window.load(offset) {
                 Ok(word) if HandleStatus((word >> 16 & 3) as u8) != HandleStatus::ACTIVE => {
@@ -208,6 +217,8 @@ pub(crate) struct Patience {
     chiplet: usize,
     index: usize,
     since: Option<Instant>,
+    /// Turns that it may still spin.
+    spinning: u32,
     spins: u32,
     yields: u32,
     next_look: Duration,
@@ -221,6 +232,7 @@ impl Patience {
             chiplet,
             index,
             since: None,
+            spinning: SPINS_BEFORE_YIELD,
             spins: 0,
             yields: 0,
             next_look: LIVENESS_PERIOD,
@@ -230,7 +242,8 @@ impl Patience {
 
     /// One turn of waiting; true when the device is gone.
     pub(crate) fn pause(&mut self, core: &Core, transport: Option<io::ErrorKind>) -> bool {
-        if self.spins < SPINS_BEFORE_YIELD {
+        if self.spinning != 0 {
+            self.spinning -= 1;
             self.spins += 1;
             spin_loop();
             return transport.is_some() && core.is_gone();

@@ -14,6 +14,7 @@ use super::chiplet::Loaded;
 use super::core::{Core, cbrs_of, gseg, handle, lock};
 use super::error::HandleKind;
 use super::mm::{Fault, Translation};
+use super::window::Device;
 
 /// Largest page that is entered: the device keeps sizes up to 1 GiB.
 const LARGEST_SHIFT: u8 = 30;
@@ -190,7 +191,7 @@ impl Miss<'_> {
     }
 
     /// Stores a translation and the command. `va`: any address in the page.
-    fn fill(&self, va: u64, page: Translation, opc: tfh::Opc) -> io::Result<()> {
+    fn fill(&self, va: u64, page: Translation, opc: tfh::Opc) -> io::Result<Device> {
         let (code, iova) = entry(va, page);
         let asids = tfh::Asids::new()
             .with_missasid(self.asid)
@@ -207,7 +208,7 @@ impl Miss<'_> {
     }
 
     /// DW0, stored absolutely: or-ing ACTIVE into a status of EXCEPTION would give 3 (section 17.1).
-    fn command(&self, opc: tfh::Opc) -> io::Result<()> {
+    fn command(&self, opc: tfh::Opc) -> io::Result<Device> {
         let word = self
             .control
             .with_opc(opc)
@@ -274,10 +275,10 @@ impl Miss<'_> {
             if self.write && !found.writable {
                 return Ok(());
             }
-            self.fill(va, found, tfh::Opc::WRITE_ONLY)?;
+            let device = self.fill(va, found, tfh::Opc::WRITE_ONLY)?;
             let answer = self
                 .core
-                .wait(HandleKind::Tfh, self.chiplet, self.cbr)
+                .wait(HandleKind::Tfh, self.chiplet, self.cbr, device)
                 .map_err(io::Error::other)?;
             if tfh::Control::from_bits(answer).status() == HandleStatus::EXCEPTION {
                 // Killed by a flush, or not enterable: what is behind it would be of no use either.

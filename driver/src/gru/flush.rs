@@ -18,6 +18,7 @@ use super::asid::Track;
 use super::core::{Core, Patience, handle};
 use super::error::{GruError, HandleKind};
 use super::mm::Space;
+use super::window::Device;
 
 const PAGE_SHIFT: u32 = 12;
 
@@ -90,6 +91,7 @@ fn own_index() -> usize {
 struct Running {
     chiplet: usize,
     index: usize,
+    device: Device,
 }
 
 /// Claims a handle and starts the operation; `None` when the device is gone.
@@ -109,20 +111,27 @@ fn start(core: &Core, chiplet: usize, op: Operation) -> Option<Running> {
         }
     };
     patience.account(core);
-    let running = Running { chiplet, index };
     // A transport that fails here is no reason to return: the device may still be running. Only its end is.
-    while let Err(e) = store(core, &running, op) {
-        if patience.pause(core, Some(e.kind())) {
-            claims.put(index);
-            return None;
+    let device = loop {
+        match store(core, chiplet, index, op) {
+            Ok(device) => break device,
+            Err(e) if patience.pause(core, Some(e.kind())) => {
+                claims.put(index);
+                return None;
+            }
+            Err(_) => {}
         }
-    }
+    };
     core.window.counters.tgh_operations.one();
-    Some(running)
+    Some(Running {
+        chiplet,
+        index,
+        device,
+    })
 }
 
-fn store(core: &Core, running: &Running, op: Operation) -> io::Result<()> {
-    let at = handle(running.chiplet, map::TGH, running.index);
+fn store(core: &Core, chiplet: usize, index: usize, op: Operation) -> io::Result<Device> {
+    let at = handle(chiplet, map::TGH, index);
     core.window.store(at + tgh::VADDR, op.vaddr)?;
     core.window.store(at + tgh::SCOPE, op.scope.into_bits())?;
     core.window.store(at + tgh::COUNT, op.count.into_bits())?;
@@ -138,7 +147,7 @@ fn store(core: &Core, running: &Running, op: Operation) -> io::Result<()> {
 
 /// Waits for the device's answer, or its end.
 fn finish(core: &Core, running: Running) {
-    let answer = core.wait(HandleKind::Tgh, running.chiplet, running.index);
+    let answer = core.wait(HandleKind::Tgh, running.chiplet, running.index, running.device);
     core.chiplets[running.chiplet].claims.put(running.index);
     if let Ok(word) = answer {
         let control = tgh::Control::from_bits(word);

@@ -28,6 +28,15 @@ pub(crate) struct Window {
     pub(crate) counters: Counters,
 }
 
+/// How a start found the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Device {
+    /// It sees the start by itself, or has been told by an answered message.
+    Awake,
+    /// It slept, and has been rung for: nothing is to be expected before it has run.
+    Rung,
+}
+
 #[derive(Debug)]
 struct Area {
     start: u64,
@@ -114,13 +123,14 @@ impl Window {
 
     /// Stores DW0 of a handle or control block: what it starts has been seen by the device, or will be
     /// before it sleeps again.
-    pub(crate) fn start(&self, offset: u64, value: u64) -> io::Result<()> {
+    pub(crate) fn start(&self, offset: u64, value: u64) -> io::Result<Device> {
         if let Some((map, at)) = self.find(offset, 8) {
             map.store(at, value);
             return self.ring();
         }
         self.backing
-            .write(pci::BAR_CHIPLETS, offset, &value.to_le_bytes())
+            .write(pci::BAR_CHIPLETS, offset, &value.to_le_bytes())?;
+        Ok(Device::Awake)
     }
 
     /// Takes a word and leaves zero. By message this is a read and a write of zero: the device then clears
@@ -167,20 +177,23 @@ impl Window {
     ///
     /// The device lowers `awake`, fences and looks at everything once more before it sleeps; here the
     /// store, the fence, then the look at `awake`. One of the two sees the other.
-    pub(crate) fn ring(&self) -> io::Result<()> {
+    pub(crate) fn ring(&self) -> io::Result<Device> {
         fence(Ordering::SeqCst);
         if let Some(status) = &self.status
             && status.load32(pci::STATUS_AWAKE) != 0
         {
-            return Ok(());
+            return Ok(Device::Awake);
         }
         self.counters.rings.one();
         match &self.doorbell {
-            Some(fd) => ring_eventfd(fd.as_fd()),
-            None => self
-                .backing
-                .write_posted(pci::BAR_DOORBELL, pci::DOORBELL_OFFSET, &[1, 0, 0, 0]),
+            Some(fd) => ring_eventfd(fd.as_fd())?,
+            None => {
+                let word = [1, 0, 0, 0];
+                self.backing
+                    .write_posted(pci::BAR_DOORBELL, pci::DOORBELL_OFFSET, &word)?;
+            }
         }
+        Ok(Device::Rung)
     }
 
     /// Completed resets of the device, where the status page says.

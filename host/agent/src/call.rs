@@ -50,6 +50,7 @@ pub(crate) fn untagged(addr: u64) -> u64 {
 
 impl Call {
     /// `start`. `None`: this process is not attached (any more): make the plain system call.
+    #[inline(always)]
     pub(crate) fn begin(ranges: [Interval; 2], event: u32) -> Option<Self> {
         let state = state::covering()?;
         let mask = sys::block_signals();
@@ -80,6 +81,7 @@ impl Call {
     }
 
     /// Steps 1 to 4.
+    #[inline(always)]
     fn start(&mut self) {
         let header = &self.table.header;
         header.silent_calls.fetch_add(1, Ordering::SeqCst);
@@ -143,6 +145,7 @@ impl Call {
     }
 
     /// Steps 6 and 7. Always called, also when the system call failed.
+    #[inline(always)]
     pub(crate) fn end(self) -> u64 {
         let header = &self.table.header;
         for (i, slot) in self.slots.iter().enumerate() {
@@ -177,6 +180,7 @@ impl Call {
     /// Before the system call: unregister what is known to be registered of `range`, so that the call raises
     /// no event. Above the threshold, and when the kernel refuses, the event path is left on: `start` has
     /// been done, and the daemon reads the event while the system call waits for that.
+    #[inline(always)]
     pub(crate) fn suspend(&self, range: Interval) -> Suspended {
         let known = self.state.intervals.lock().bytes_in(range);
         if known == 0 {
@@ -209,6 +213,7 @@ impl Call {
 
     /// Run `f` on each known part of `range`. The table's lock is not held meanwhile: this call's range lock
     /// keeps other covered calls away from these addresses.
+    #[inline(always)]
     fn each_known(&self, range: Interval, mut f: impl FnMut(Interval)) {
         let mut rest = range;
         loop {

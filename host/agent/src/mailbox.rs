@@ -43,7 +43,9 @@ impl Patience {
     }
 }
 
+// (Inlined where it waits or wakes: see `sys::syscall`.)
 /// Ask for `invalidate_range_start` and wait until it has returned. The slot comes back claimed, for END.
+#[inline(always)]
 pub(crate) fn start(
     state: &State,
     table: &SharedTable,
@@ -53,11 +55,14 @@ pub(crate) fn start(
 ) -> Result<usize, GoneBy> {
     let since = sys::now_ms();
     let mut patience = Patience::new(table);
-    let index = claim(state, table, &mut patience)?;
+    let tid = sys::gettid();
+    let index = claim(state, table, tid, &mut patience)?;
     let slot = &table.slots[index];
+    slot.tid.store(tid, Ordering::Relaxed);
     loop {
         fill(slot, slot_op::START, range, event, generation);
         slot.result.store(0, Ordering::Relaxed);
+        table.header.rung_slot.store(index as u32, Ordering::Relaxed);
         slot.state.store(slot_state::REQUEST, Ordering::Release);
         ring(table);
         // If nobody answers, the slot stays as it is: the daemon that could still write to it is gone, or has
@@ -88,6 +93,7 @@ pub(crate) fn start(
 /// do at an end (faults that were put off are rung for when `in_progress` is lowered), and a worker that is woken
 /// here would take the processor from the caller before its call has returned. The next ring, or the worker's own
 /// look, finds the slot; a subscriber that registers rings after it has raised `must_hop`.
+#[inline(always)]
 pub(crate) fn end(table: &SharedTable, index: usize, range: Interval, event: u32, generation: u64) {
     let slot = &table.slots[index];
     fill(slot, slot_op::END, range, event, generation);
@@ -100,6 +106,7 @@ pub(crate) fn end(table: &SharedTable, index: usize, range: Interval, event: u32
 }
 
 /// Make the daemon look: at slots, or at faults that were put off.
+#[inline(always)]
 pub(crate) fn ring(table: &SharedTable) {
     table.header.bell.fetch_add(1, Ordering::SeqCst);
     memory_fence(Ordering::SeqCst);
@@ -107,6 +114,7 @@ pub(crate) fn ring(table: &SharedTable) {
 }
 
 /// After the bell was counted up, and a fence.
+#[inline(always)]
 fn wake_worker(table: &SharedTable) {
     if table.header.bell_sleepers.load(Ordering::SeqCst) != 0 {
         sys::futex_wake(&table.header.bell, 1);
@@ -119,13 +127,13 @@ fn fill(slot: &Slot, op: u32, range: Interval, event: u32, generation: u64) {
     slot.end.store(range.end, Ordering::Relaxed);
     slot.generation.store(generation, Ordering::Relaxed);
     slot.event.store(event, Ordering::Relaxed);
-    slot.tid.store(sys::gettid(), Ordering::Relaxed);
     slot.sleeping.store(0, Ordering::Relaxed);
 }
 
 /// Take a free slot: each thread begins at one of its own. More than [`SLOTS`] callers wait for one.
-fn claim(state: &State, table: &SharedTable, patience: &mut Patience) -> Result<usize, GoneBy> {
-    let preferred = sys::gettid() as usize % SLOTS;
+#[inline(always)]
+fn claim(state: &State, table: &SharedTable, tid: u32, patience: &mut Patience) -> Result<usize, GoneBy> {
+    let preferred = tid as usize % SLOTS;
     loop {
         for i in 0..SLOTS {
             let index = (preferred + i) % SLOTS;
@@ -153,6 +161,7 @@ fn claim(state: &State, table: &SharedTable, patience: &mut Patience) -> Result<
 }
 
 /// Wait for DONE.
+#[inline(always)]
 fn wait(state: &State, table: &SharedTable, slot: &Slot, patience: &mut Patience) -> Result<(), GoneBy> {
     for _ in 0..state.spins.load(Ordering::Relaxed) {
         if slot.state.load(Ordering::Acquire) == slot_state::DONE {

@@ -16,6 +16,42 @@ pub(crate) const PAGE: u64 = 4096;
 ///
 /// # Safety
 /// The arguments must be what the system call takes; its effect on memory is the caller's promise.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) unsafe fn syscall(number: libc::c_long, args: [usize; 6]) -> Result<usize, i32> {
+    // Inlined down to the instruction: a function that returns after a system call costs 50 to 170 ns on
+    // processors whose return predictions the kernel takes away, and a covered call makes up to ten.
+    let ret: isize;
+    // SAFETY: the kernel's convention: number in rax, arguments in these registers, rcx and r11 are lost, no stack
+    // is used; what the call does to memory is the caller's promise.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            inlateout("rax") number as isize => ret,
+            in("rdi") args[0],
+            in("rsi") args[1],
+            in("rdx") args[2],
+            in("r10") args[3],
+            in("r8") args[4],
+            in("r9") args[5],
+            lateout("rcx") _,
+            lateout("r11") _,
+            options(nostack),
+        );
+    }
+    // The kernel's errors are -4095 to -1.
+    if (-4095..0).contains(&ret) {
+        Err(-ret as i32)
+    } else {
+        Ok(ret as usize)
+    }
+}
+
+/// As above, by libc.
+///
+/// # Safety
+/// As above.
+#[cfg(not(target_arch = "x86_64"))]
 pub(crate) unsafe fn syscall(number: libc::c_long, args: [usize; 6]) -> Result<usize, i32> {
     // SAFETY: __errno_location is always valid in its own thread; the call itself is the caller's promise.
     unsafe {
@@ -38,6 +74,7 @@ pub(crate) struct SignalMask(u64);
 
 /// Block every signal of the calling thread, libc's internal ones too: a handler that ran between start and
 /// end could make a covered call on the same range and wait for itself.
+#[inline(always)]
 pub(crate) fn block_signals() -> SignalMask {
     let all = u64::MAX;
     let mut old = 0u64;
@@ -60,6 +97,7 @@ pub(crate) fn block_signals() -> SignalMask {
 }
 
 /// Undo [`block_signals`].
+#[inline(always)]
 pub(crate) fn restore_signals(mask: SignalMask) {
     let old = mask.0;
     // SAFETY: the word lives on this stack.
@@ -74,6 +112,7 @@ pub(crate) fn restore_signals(mask: SignalMask) {
 
 /// Sleep while `word` is `expected`, at most `timeout_ms`. Shared (not private) futex: some words are in
 /// memory that the daemon maps too. Wakes, timeouts and interruptions look alike: the caller looks again.
+#[inline(always)]
 pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, timeout_ms: u64) {
     let timeout = libc::timespec {
         tv_sec: (timeout_ms / 1000) as libc::time_t,
@@ -96,6 +135,7 @@ pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, timeout_ms: u64) {
 }
 
 /// Wake up to `count` sleepers of `word`.
+#[inline(always)]
 pub(crate) fn futex_wake(word: &AtomicU32, count: i32) {
     // SAFETY: FUTEX_WAKE does not access the word.
     let _ = unsafe {
@@ -125,6 +165,7 @@ pub(crate) fn now_ms() -> u64 {
 }
 
 /// Kernel's number of the calling thread.
+#[inline(always)]
 pub(crate) fn gettid() -> u32 {
     // SAFETY: no arguments.
     unsafe { syscall(libc::SYS_gettid, [0; 6]) }.unwrap_or(0) as u32
@@ -534,6 +575,7 @@ pub(crate) fn uffd_register(fd: RawFd, start: u64, end: u64, mode: RegisterMode)
 }
 
 /// UFFDIO_UNREGISTER.
+#[inline(always)]
 pub(crate) fn uffd_unregister(fd: RawFd, start: u64, end: u64) -> Result<(), i32> {
     let mut arg = UffdioRange {
         start,

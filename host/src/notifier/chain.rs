@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::active::{ActiveTable, Claim};
 use super::context::{Ctx, InCallback, MaySleep, NonSleeping, in_callback, might_sleep};
 use super::event_count::EventCount;
-use super::measure::{Recorder, thread_allocations, thread_switches};
+use super::measure::{Recorder, Unrecorded};
 use super::range::{Event, NotifierRange};
 use super::subscriber_list::{Entered, Place};
 use super::{Again, RegisterError, StartError, Subscriber, UnregisterError};
@@ -71,6 +71,9 @@ struct Registry {
 /// `invalidate_page` do not take it.
 pub struct Chain {
     places: [Place<dyn Subscriber>; MAX_SUBSCRIBERS],
+    /// Bits of the places that have a subscriber, or had one a moment ago: set before a place is opened, cleared after
+    /// it was closed, so that a walk need not look at 64 places for the one that is taken.
+    taken: AtomicU64,
     /// Set once a place's release has been called or is being called: at most once (C7).
     released: [AtomicBool; MAX_SUBSCRIBERS],
     registry: Mutex<Registry>,
@@ -134,6 +137,7 @@ impl Chain {
     pub fn new() -> Arc<Self> {
         Arc::new(Self {
             places: std::array::from_fn(|_| Place::default()),
+            taken: AtomicU64::new(0),
             released: std::array::from_fn(|_| AtomicBool::new(false)),
             registry: Mutex::new(Registry {
                 occupants: [Occupant::Nobody; MAX_SUBSCRIBERS],
@@ -204,6 +208,8 @@ impl Chain {
 
     #[allow(unsafe_code)]
     fn publish(&self, place: usize, subscriber: Arc<dyn Subscriber>) {
+        // Before the fence in `register`: a start that does not see the bit is waited for there.
+        self.taken.fetch_or(1 << place, Ordering::Relaxed);
         // SAFETY: only called with the registry locked and the place's occupant having been Nobody, which it
         // is before the first publish and after `take` has returned.
         unsafe { self.places[place].publish(subscriber) }
@@ -250,6 +256,7 @@ impl Chain {
         self.active.forget_subscriber(place);
         // SAFETY: `close` returned true above.
         let subscriber = unsafe { self.places[place].take() };
+        self.taken.fetch_and(!(1 << place), Ordering::Relaxed);
         self.registry().occupants[place] = Occupant::Nobody;
         self.emptied.notify();
         drop(subscriber);
@@ -316,6 +323,29 @@ impl Chain {
         range: NotifierRange,
         ctx: Ctx<'_>,
     ) -> Result<Started, StartError> {
+        let (started, round) = self.start_and_record_later(range, ctx)?;
+        self.record(round);
+        Ok(started)
+    }
+
+    /// What a start took, into the figures. On the thread that made the start, before it sleeps.
+    pub fn record(&self, round: Unrecorded) {
+        self.recorder.enter(round);
+    }
+
+    /// [`Self::invalidate_range_start`] for a caller whom somebody waits for: it answers, and then gives what the start
+    /// took to [`Self::record`].
+    ///
+    /// # Errors
+    /// As [`Self::invalidate_range_start`].
+    ///
+    /// # Panics
+    /// As [`Self::invalidate_range_start`].
+    pub fn start_and_record_later(
+        self: &Arc<Self>,
+        range: NotifierRange,
+        ctx: Ctx<'_>,
+    ) -> Result<(Started, Unrecorded), StartError> {
         let token = self.check(&range, ctx)?;
         let begun = Instant::now();
         let claim = match self.active.claim(range.start, range.end) {
@@ -336,15 +366,16 @@ impl Chain {
         };
         // Pairs with the fence in `register` (S10).
         fence(Ordering::SeqCst);
-        let refused_by = self.call_all(Some(range.event), begun, token, |place, subscriber, ctx| {
+        let (refused_by, round) = self.call_all(Some(range.event), begun, token, |place, subscriber, ctx| {
             subscriber.invalidate_range_start(&range, ctx)?;
             self.active.succeeded(&started.claim, place);
             Ok(())
         });
         let Some(subscriber) = refused_by else {
             self.counters.started.fetch_add(1, Ordering::Relaxed);
-            return Ok(started);
+            return Ok((started, round));
         };
+        self.record(round);
         started.open = false;
         self.finish(&started.claim, &range, ctx);
         if range.blockable {
@@ -392,9 +423,10 @@ impl Chain {
         let token = self.check(&range, ctx)?;
         let begun = Instant::now();
         fence(Ordering::SeqCst);
-        let refused = self.call_all(None, begun, token, |_, subscriber, ctx| {
+        let (refused, round) = self.call_all(None, begun, token, |_, subscriber, ctx| {
             subscriber.invalidate_page(&range, ctx)
         });
+        self.record(round);
         match refused {
             None => Ok(()),
             Some(subscriber) if range.blockable => {
@@ -428,13 +460,22 @@ impl Chain {
     fn any(&self, mut ask: impl FnMut(&dyn Subscriber) -> bool) -> bool {
         let _section = NonSleeping::enter();
         let mut young = false;
-        for place in &self.places {
-            if let Some(subscriber) = place.enter(&self.emptied) {
+        for index in self.taken_places() {
+            if let Some(subscriber) = self.places[index].enter(&self.emptied) {
                 let _in = InCallback::enter();
                 young |= ask(&*subscriber);
             }
         }
         young
+    }
+
+    fn taken_places(&self) -> impl Iterator<Item = usize> {
+        let mut left = self.taken.load(Ordering::Relaxed);
+        std::iter::from_fn(move || {
+            let index = left.trailing_zeros() as usize;
+            left &= left.wrapping_sub(1);
+            (index < MAX_SUBSCRIBERS).then_some(index)
+        })
     }
 
     /// Whether an invalidation that meets `[start, end)` is between its start and its end.
@@ -506,23 +547,22 @@ impl Chain {
         StartError::Again { subscriber }
     }
 
-    /// Calls every subscriber, the non-sleeping ones first. Returns the first that refused.
+    /// Calls every subscriber, the non-sleeping ones first. Returns the first that refused, and what it took.
     fn call_all(
         &self,
         event: Option<Event>,
         begun: Instant,
         token: Option<&MaySleep>,
         mut call: impl FnMut(usize, &dyn Subscriber, Ctx<'_>) -> Result<(), Again>,
-    ) -> Option<&'static str> {
-        let record = self.recorder.of(event);
+    ) -> (Option<&'static str>, Unrecorded) {
         let mut refused = None;
         let mut sleepers = 0u64;
-        let (switches, allocations) = (thread_switches(), thread_allocations());
+        let mut round = Unrecorded::begin(event);
         let nonsleeping_begun = Instant::now();
         {
             let section = NonSleeping::enter();
-            for (index, place) in self.places.iter().enumerate() {
-                let Some(subscriber) = place.enter(&self.emptied) else {
+            for index in self.taken_places() {
+                let Some(subscriber) = self.places[index].enter(&self.emptied) else {
                     continue;
                 };
                 if subscriber.sleeping() {
@@ -535,14 +575,10 @@ impl Chain {
                 }
             }
         }
-        record.nonsleeping.record(nanoseconds(nonsleeping_begun));
-        record.allocations.fetch_add(
-            thread_allocations().saturating_sub(allocations),
-            Ordering::Relaxed,
-        );
-        record
-            .switches
-            .fetch_add(thread_switches().saturating_sub(switches), Ordering::Relaxed);
+        round.end_of_nonsleeping(nanoseconds(nonsleeping_begun));
+        if sleepers != 0 {
+            round.before_sleeping();
+        }
         while sleepers != 0 {
             let index = sleepers.trailing_zeros() as usize;
             sleepers &= sleepers - 1;
@@ -561,8 +597,8 @@ impl Chain {
                 refused = refused.or(Some(subscriber.name()));
             }
         }
-        record.whole.record(nanoseconds(begun));
-        refused
+        round.end(nanoseconds(begun));
+        (refused, round)
     }
 
     /// Gives those whose start succeeded their end, and frees the active entry.

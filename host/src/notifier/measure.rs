@@ -144,6 +144,51 @@ pub struct EventSummary {
     pub ends: u64,
 }
 
+/// What a round of callbacks took, for its record. Taking it costs little; entering it touches memory that nothing else
+/// does, so that whoever is waited for enters it afterwards.
+#[derive(Debug)]
+#[must_use = "what is not recorded is missing in the figures"]
+pub struct Unrecorded {
+    event: Option<Event>,
+    /// Of the thread, before the part that must not sleep.
+    switches_before: u64,
+    /// In that part; `None`: nothing has run since that may sleep.
+    switches: Option<u64>,
+    allocations: u64,
+    nonsleeping_ns: u64,
+    whole_ns: u64,
+}
+
+impl Unrecorded {
+    /// The part that must not sleep begins.
+    pub(super) fn begin(event: Option<Event>) -> Self {
+        Self {
+            event,
+            switches_before: thread_switches(),
+            switches: None,
+            allocations: thread_allocations(),
+            nonsleeping_ns: 0,
+            whole_ns: 0,
+        }
+    }
+
+    /// It is over.
+    pub(super) fn end_of_nonsleeping(&mut self, nanoseconds: u64) {
+        self.nonsleeping_ns = nanoseconds;
+        self.allocations = thread_allocations().saturating_sub(self.allocations);
+    }
+
+    /// What follows may sleep.
+    pub(super) fn before_sleeping(&mut self) {
+        self.switches = Some(thread_switches().saturating_sub(self.switches_before));
+    }
+
+    /// Everything is over.
+    pub(super) fn end(&mut self, nanoseconds: u64) {
+        self.whole_ns = nanoseconds;
+    }
+}
+
 /// All records of a chain: one for each event, and one for `invalidate_page`.
 #[derive(Debug, Default)]
 pub struct Recorder {
@@ -155,6 +200,17 @@ impl Recorder {
     #[must_use]
     pub fn of(&self, event: Option<Event>) -> &EventRecord {
         &self.records[event.map_or(Event::ALL.len(), |e| e as usize)]
+    }
+
+    /// Enters what a round took. On the thread that ran it, which has not slept since.
+    pub(super) fn enter(&self, round: Unrecorded) {
+        let record = self.of(round.event);
+        let since = || thread_switches().saturating_sub(round.switches_before);
+        let switches = round.switches.unwrap_or_else(since);
+        record.switches.fetch_add(switches, Ordering::Relaxed);
+        record.allocations.fetch_add(round.allocations, Ordering::Relaxed);
+        record.nonsleeping.record(round.nonsleeping_ns);
+        record.whole.record(round.whole_ns);
     }
 
     /// Figures of every event that has happened.

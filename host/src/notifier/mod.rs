@@ -47,7 +47,8 @@ pub use context::{Ctx, MaySleep, NonSleeping, atomic_depth, in_callback, might_s
 pub use event_count::EventCount;
 pub use interval::{IntervalGuard, IntervalNotifier, IntervalNotifiers, IntervalOps, ReadBusy, Sequence};
 pub use measure::{
-    EventRecord, EventSummary, Histogram, Recorder, Summary, count_allocations_by, thread_switches,
+    EventRecord, EventSummary, Histogram, Recorder, Summary, Unrecorded, count_allocations_by,
+    thread_switches,
 };
 pub use range::{Event, NotifierRange};
 pub use spin::{SpinGuard, SpinMutex};

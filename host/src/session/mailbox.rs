@@ -13,7 +13,7 @@ use rustix::thread::futex;
 use rustix::time::Timespec;
 
 use super::space::AddressSpace;
-use crate::notifier::{Ctx, Event, MaySleep, NotifierRange, Started};
+use crate::notifier::{Ctx, Event, MaySleep, NotifierRange, Started, Unrecorded};
 use crate::stats::ByEvent;
 
 /// Worker threads of a session: one can wait for a sleeping subscriber while the other serves the rest.
@@ -27,8 +27,12 @@ const LONGEST_SLEEP: Timespec = Timespec {
 };
 
 /// How long a worker looks at the bell before it sleeps: a second call often follows at once, and a wake-up costs
-/// more than this. It yields meanwhile: the caller that it has just answered may wait for this processor.
+/// more than this.
 const LINGER: Duration = Duration::from_micros(10);
+
+/// With fewer processors a worker sleeps at once. The caller that it has answered may wait for this one; and a worker
+/// that yields is not rung for, nor does it know when it gets its turn again (a slice of some other program later).
+const LINGERING_CPUS: usize = 3;
 
 /// What the mailbox counts.
 #[derive(Debug, Default)]
@@ -52,6 +56,7 @@ pub struct Mailbox {
     /// The invalidation that a slot has started and not ended. A leaf lock, never held during a callback.
     open: [Mutex<Option<Started>>; SLOTS],
     stop: AtomicBool,
+    lingers: bool,
     /// Figures.
     pub stats: MailboxStats,
 }
@@ -64,6 +69,7 @@ impl Mailbox {
             space,
             open: std::array::from_fn(|_| Mutex::new(None)),
             stop: AtomicBool::new(false),
+            lingers: std::thread::available_parallelism().map_or(1, usize::from) >= LINGERING_CPUS,
             stats: MailboxStats::default(),
         }
     }
@@ -75,7 +81,9 @@ impl Mailbox {
         loop {
             // Read before the slots are: a request that comes after the scan has rung since.
             let bell = header.bell.load(Ordering::Acquire);
-            let mut served = false;
+            // Whose ring this most often is: before the cache lines of all the others are looked at.
+            let rung = header.rung_slot.load(Ordering::Relaxed) as usize % SLOTS;
+            let mut served = self.serve(rung, &token);
             for index in 0..SLOTS {
                 served |= self.serve(index, &token);
             }
@@ -99,10 +107,13 @@ impl Mailbox {
     }
 
     fn bell_rings_soon(&self, bell: u32) -> bool {
+        if !self.lingers {
+            return false;
+        }
         let header = &self.space.table().header;
         let since = Instant::now();
         loop {
-            std::thread::yield_now();
+            std::hint::spin_loop();
             if header.bell.load(Ordering::Relaxed) != bell {
                 return true;
             }
@@ -157,8 +168,9 @@ impl Mailbox {
             return false;
         }
         let begun = Instant::now();
-        let result = self.execute(index, slot, token);
-        let nanoseconds = u32::try_from(begun.elapsed().as_nanos()).unwrap_or(u32::MAX);
+        let (result, taken) = self.execute(index, slot, token);
+        let elapsed = begun.elapsed();
+        let nanoseconds = u32::try_from(elapsed.as_nanos()).unwrap_or(u32::MAX);
         slot.chain_ns.store(nanoseconds, Ordering::Relaxed);
         slot.result.store(result, Ordering::Relaxed);
         let next = if detached {
@@ -175,11 +187,17 @@ impl Mailbox {
             // It waits for this processor, often: before anything else is looked at.
             std::thread::yield_now();
         }
+        if let Some((event, round)) = taken {
+            self.space.chain().record(round);
+            let nanoseconds = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
+            self.stats.by_event.of(event).record(nanoseconds);
+            self.stats.starts.fetch_add(1, Ordering::Relaxed);
+        }
         true
     }
 
-    /// Runs one request. The answer is 0 or a negative errno.
-    fn execute(&self, index: usize, slot: &Slot, token: &MaySleep) -> i32 {
+    /// Runs one request. The answer is 0 or a negative errno, and what a start took.
+    fn execute(&self, index: usize, slot: &Slot, token: &MaySleep) -> (i32, Option<(Event, Unrecorded)>) {
         let (op, start, end) = (
             slot.op.load(Ordering::Relaxed),
             slot.start.load(Ordering::Relaxed),
@@ -201,12 +219,8 @@ impl Mailbox {
                     event,
                     blockable: true,
                 };
-                let begun = Instant::now();
                 match self.space.start(range, token) {
-                    Ok(started) => {
-                        let nanoseconds = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
-                        self.stats.by_event.of(event).record(nanoseconds);
-                        self.stats.starts.fetch_add(1, Ordering::Relaxed);
+                    Ok((started, round)) => {
                         let lost = self.put_open(index, started);
                         if let Some(lost) = lost {
                             // The application has made the slot a request while it was being served.
@@ -215,9 +229,9 @@ impl Mailbox {
                                 .chain()
                                 .invalidate_range_end(lost, Ctx::MaySleep(token));
                         }
-                        0
+                        (0, Some((event, round)))
                     }
-                    Err(errno) => -errno,
+                    Err(errno) => (-errno, None),
                 }
             }
             (slot_op::END, _) => match self.take_open(index) {
@@ -226,11 +240,11 @@ impl Mailbox {
                         .chain()
                         .invalidate_range_end(started, Ctx::MaySleep(token));
                     self.stats.ends.fetch_add(1, Ordering::Relaxed);
-                    0
+                    (0, None)
                 }
-                None => self.malformed(index, "end without a start"),
+                None => (self.malformed(index, "end without a start"), None),
             },
-            _ => self.malformed(index, "operands out of range"),
+            _ => (self.malformed(index, "operands out of range"), None),
         }
     }
 

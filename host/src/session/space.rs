@@ -13,7 +13,7 @@ use super::identity::FileId;
 use super::memory::UsedFile;
 use super::refusal::Refusal;
 use crate::mm::{Access, Busy, ChangeGuard, FillTable, Lookup, MappedTable, MmCache, Vma};
-use crate::notifier::{Chain, Ctx, Event, MaySleep, NotifierRange, StartError, Started};
+use crate::notifier::{Chain, Ctx, Event, MaySleep, NotifierRange, StartError, Started, Unrecorded};
 use crate::subscribers::{HeldMemory, Paused, Reclaimer, Xpmem};
 use crate::uffd::SafetyNetStats;
 
@@ -196,12 +196,12 @@ impl AddressSpace {
         }
     }
 
-    /// Runs `invalidate_range_start` of the chain.
+    /// Runs `invalidate_range_start` of the chain. What it took is to be recorded by the caller, once it has answered.
     ///
     /// # Errors
     /// An errno: EINVAL for an empty range, EAGAIN for a refused non-blockable start, EIO when a subscriber
     /// broke C4.
-    pub fn start(&self, range: NotifierRange, token: &MaySleep) -> Result<Started, i32> {
+    pub fn start(&self, range: NotifierRange, token: &MaySleep) -> Result<(Started, Unrecorded), i32> {
         // What is unmapped is nobody's to discard any more; what is mapped there next was not offered.
         if range.event == Event::Unmap
             && range.end != u64::MAX
@@ -210,7 +210,7 @@ impl AddressSpace {
             reclaimer.forget(range.start, range.end, token);
         }
         self.chain
-            .invalidate_range_start(range, Ctx::MaySleep(token))
+            .start_and_record_later(range, Ctx::MaySleep(token))
             .map_err(|error| match error {
                 StartError::Empty { .. } => libc::EINVAL,
                 StartError::Again { .. } => libc::EAGAIN,

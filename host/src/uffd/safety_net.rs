@@ -221,7 +221,10 @@ impl SafetyNet {
             return None;
         }
         match self.space.start(NotifierRange::all(Event::Unmap, true), token) {
-            Ok(started) => Some(started),
+            Ok((started, round)) => {
+                self.space.chain().record(round);
+                Some(started)
+            }
             Err(errno) => {
                 // A blockable start that fails is a subscriber's bug (C4). The event must be read all the
                 // same, or the application hangs; what can be done is to say so.

@@ -171,6 +171,10 @@ pub struct Header {
     /// Raised by the daemon for each slot that it has served: a sign of life for callers whose turn has not
     /// come, because those before them may each wait for a peer that the daemon is about to fence.
     pub served: AtomicU32,
+    /// Slot of the last request (below [`SLOTS`], or the daemon takes what is left of it): where a worker looks first.
+    pub rung_slot: AtomicU32,
+    /// Reserved.
+    pub reserved_word: u32,
     /// Covered calls that needed no hop (statistics).
     pub calls_silent: AtomicU64,
     /// Covered calls that hopped (statistics).
@@ -178,7 +182,7 @@ pub struct Header {
     /// Reserved.
     pub reserved: [[u64; 32]; 15],
     /// Reserved.
-    pub reserved_tail: [u64; 23],
+    pub reserved_tail: [u64; 22],
 }
 const _: () = assert!(size_of::<Header>() == 4096);
 

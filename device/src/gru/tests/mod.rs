@@ -519,6 +519,20 @@ impl Rig {
 
     /// TLBINV, and wait for its completion. `pages` 0 = everything of every ASID.
     fn purge(&self, handle: usize, asid: u32, va: u64, pages: u64) {
+        self.purge_send(handle, asid, va, pages);
+        self.until("a TLBINV", || {
+            let control = self.tgh(handle);
+            (control.status() != HandleStatus::ACTIVE)
+                .then(|| assert_eq!(control.status(), HandleStatus::IDLE))
+        });
+    }
+
+    fn tgh(&self, handle: usize) -> tgh::Control {
+        tgh::Control::from_bits(self.load(map::TGH + handle as u64 * map::HANDLE_STRIDE))
+    }
+
+    /// TLBINV, without waiting.
+    fn purge_send(&self, handle: usize, asid: u32, va: u64, pages: u64) {
         let at = map::TGH + handle as u64 * map::HANDLE_STRIDE;
         let n = pages.clamp(1, 1024) as u16 - 1;
         self.store(at + tgh::VADDR, va);
@@ -533,11 +547,6 @@ impl Rig {
             .with_status(HandleStatus::ACTIVE);
         self.store(at, go.into_bits());
         self.ring_if_asleep();
-        self.until("a TLBINV", || {
-            let control = tgh::Control::from_bits(self.load(at));
-            (control.status() != HandleStatus::ACTIVE)
-                .then(|| assert_eq!(control.status(), HandleStatus::IDLE))
-        });
     }
 
     /// Serves what fault maps show where the page table has a page; the other misses stay unanswered.

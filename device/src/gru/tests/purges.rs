@@ -96,6 +96,29 @@ fn test_tlbinv_when_entry_is_larger_than_the_range_removes_it() {
 }
 
 #[test]
+fn test_tlbinv_when_all_engines_sleep_is_done_as_soon_as_its_store_or_ring_has_returned() {
+    in_all_modes(|doorbell| {
+        let rig = Rig::new(config(doorbell));
+        rig.start(Mode::FaultMap);
+        rig.map_page(ASID, VA, 0, true);
+        rig.run_ok(0, vload(VA));
+        let engines = rig.gru.hardware.config.engines as u32;
+        rig.until("the engines to sleep", || {
+            (rig.gru.stats().engines_asleep == engines).then_some(())
+        });
+        let before = rig.gru.stats();
+        rig.purge_send(0, ASID, VA, 1);
+        assert_eq!(rig.tgh(0).status(), HandleStatus::IDLE, "{doorbell:?}");
+        let after = rig.gru.stats();
+        assert_eq!(
+            (after.tgh_purges, after.rings),
+            (before.tgh_purges + 1, before.rings)
+        );
+        assert!(misses(&rig, VA), "{doorbell:?}");
+    });
+}
+
+#[test]
 fn test_tlbinv_when_software_holds_the_lock_bit_leaves_it_set() {
     in_all_modes(|doorbell| {
         let rig = Rig::new(config(doorbell));

@@ -134,6 +134,31 @@ fn test_s2_drain_when_on_and_engine_is_slow_keeps_the_purge_waiting() {
 }
 
 #[test]
+fn test_tlbinv_when_an_engine_is_inside_an_access_leaves_its_thread_free_for_others() {
+    in_all_modes(|doorbell| {
+        let rig = rig(
+            doorbell,
+            BreakPlan::default(),
+            plan("drain-delay=1,margin-ms=200,limit-ms=5000"),
+        );
+        rig.map_page(ASID, VA, 0, true);
+        rig.issue(0, Instruction::vset(VA, NEW, XType::DWORD, 1, 1));
+        rig.until("an engine inside an access", || {
+            rig.serve();
+            (rig.gru.stats().faults.engines_parked == 1).then_some(())
+        });
+        rig.purge_send(0, ASID, VA, 1);
+        // The store, or the ring, has not waited for the drain.
+        assert_eq!(rig.tgh(0).status(), HandleStatus::ACTIVE, "{doorbell:?}");
+        rig.until("the drain", || {
+            (rig.tgh(0).status() == HandleStatus::IDLE).then_some(())
+        });
+        assert_eq!(rig.finish(0), Status::IDLE);
+        assert_eq!(rig.word(0), NEW);
+    });
+}
+
+#[test]
 fn test_parked_engine_when_no_purge_comes_goes_on_and_others_work_meanwhile() {
     in_all_modes(|doorbell| {
         let rig = rig(doorbell, BreakPlan::default(), plan("drain-delay=1,limit-ms=300"));
