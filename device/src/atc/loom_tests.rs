@@ -62,9 +62,9 @@ fn core(engines: usize, ways: usize, checks: Checks) -> Arc<Core> {
         tickets: 1,
         by_message: false,
         engines,
-        sanitize: None,
         checks,
         drain_warning: std::time::Duration::MAX,
+        ..AtcConfig::default()
     }));
     for engine in 0..engines {
         assert_eq!(core.claim(), Some(engine));
