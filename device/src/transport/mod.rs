@@ -18,7 +18,9 @@
 //! its receive requests; a requester meets RNR NAKs instead), dynamically connected transport, atomics of other
 //! sizes than 8 bytes.
 
+mod answers;
 mod core;
+mod datagram;
 mod link;
 mod owner;
 mod packet;
@@ -26,6 +28,7 @@ mod pool;
 mod qp;
 mod requester;
 mod responder;
+mod response;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -381,10 +384,10 @@ impl Transport {
             let core = &mut self.core;
             match side {
                 Side::Send => qp.send.parked = false,
-                Side::Response => requester::unhold(qp, core, owner, now),
+                Side::Response => answers::unhold(qp, core, owner, now),
                 Side::Receive if qp.receive.flushing => responder::flush_posted(qp, core, owner),
                 Side::Receive if qp.service == ServiceType::Ud => {
-                    responder::unhold_datagrams(qp, core, owner);
+                    datagram::unhold_datagrams(qp, core, owner);
                 }
                 Side::Receive => responder::unhold(qp, core, owner),
                 Side::Read => {
@@ -440,12 +443,12 @@ impl Transport {
         let core = &mut self.core;
         match operation {
             Operation::Acknowledge | Operation::AtomicAcknowledge | Operation::ReadResponse(_) => {
-                requester::answered(qp, core, owner, now, packet, operation);
+                answers::answered(qp, core, owner, now, packet, operation);
                 core.list_send(qp);
                 core.arm(qp);
             }
             _ if !qp.receives() => core.stats.dropped += 1,
-            _ if service == ServiceType::Ud => responder::datagram(qp, core, owner, packet),
+            _ if service == ServiceType::Ud => datagram::datagram(qp, core, owner, packet),
             _ => responder::requested(qp, core, owner, packet, operation),
         }
     }
@@ -476,7 +479,7 @@ impl Transport {
             if own && qp.set.block_loopback || !qp.receives() || !accepts(qp, packet) {
                 continue;
             }
-            responder::datagram(qp, &mut self.core, owner, packet.copy());
+            datagram::datagram(qp, &mut self.core, owner, packet.copy());
         }
     }
 
@@ -493,7 +496,7 @@ impl Transport {
             qp.respond_listed = false;
             let large =
                 matches!(qp.receive.responses.front(), Some(qp::Response::Read { len, .. }) if *len > 2048);
-            match responder::respond(qp, &mut self.core, owner, link, now) {
+            match response::respond(qp, &mut self.core, owner, link, now) {
                 Step::Idle => {}
                 Step::More => self.core.list_respond(qp),
                 Step::Full => {

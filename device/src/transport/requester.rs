@@ -5,10 +5,7 @@
 
 use std::time::Duration;
 
-use protos::ib::{
-    Aeth, AtomicEth, Deth, Extended, Grh, NakCode, Opcode, Operation, Place, Psn, Reth, ServiceType,
-    Syndrome, rnr_delay,
-};
+use protos::ib::{Aeth, AtomicEth, Deth, Extended, Grh, Opcode, Operation, Place, Psn, Reth, ServiceType};
 
 use super::core::{Core, Step};
 use super::link::Link;
@@ -28,7 +25,7 @@ struct Segment {
     place: Place,
 }
 
-fn is_read(request: &Request) -> bool {
+pub(super) fn is_read(request: &Request) -> bool {
     matches!(
         request.action,
         Action::Read(_) | Action::CompareSwap { .. } | Action::FetchAdd { .. }
@@ -367,7 +364,7 @@ fn sent(qp: &mut Qp, core: &mut Core, end: Psn, now: Time) {
 }
 
 /// Starts the time for an answer anew.
-fn set_deadline(qp: &mut Qp, core: &mut Core, now: Time) {
+pub(super) fn set_deadline(qp: &mut Qp, core: &mut Core, now: Time) {
     qp.send.ack_deadline = match qp.set.timeout & 31 {
         0 => None,
         // Section 9.7.6.1.3: 4.096 us * 2^n at least, four times that at most.
@@ -455,7 +452,7 @@ pub(super) fn retire(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner) {
     drained(qp, owner);
 }
 
-fn complete_front(qp: &mut Qp, owner: &mut impl Owner) {
+pub(super) fn complete_front(qp: &mut Qp, owner: &mut impl Owner) {
     let Some(entry) = qp.send.outstanding.pop_front() else {
         return;
     };
@@ -479,7 +476,7 @@ pub(super) fn drained(qp: &mut Qp, owner: &mut impl Owner) {
 }
 
 /// Ends the request at the head of the queue badly, and with it the queue.
-fn fail(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner, status: Status) {
+pub(super) fn fail(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner, status: Status) {
     if let Some(entry) = qp.send.outstanding.pop_front() {
         qp.send.reads -= u32::from(is_read(&entry.request));
         owner.complete_send(qp.id, &entry.request, status);
@@ -542,7 +539,7 @@ pub(super) fn flush(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner) {
 }
 
 /// Sends again from the oldest packet without an acknowledgement.
-fn go_back(qp: &mut Qp, core: &mut Core) {
+pub(super) fn go_back(qp: &mut Qp, core: &mut Core) {
     let send = &mut qp.send;
     send.cursor = 0;
     send.in_flight = 0;
@@ -558,14 +555,14 @@ fn go_back(qp: &mut Qp, core: &mut Core) {
 
 /// What an acknowledgement of everything up to `psn` did.
 #[derive(PartialEq, Eq)]
-enum Acknowledged {
+pub(super) enum Acknowledged {
     Nothing,
     Progress,
     /// A READ or ATOMIC before it has no response: that was lost (section 9.7.5.1.5, implied NAK).
     Missing,
 }
 
-fn acknowledge(qp: &mut Qp, owner: &mut impl Owner, psn: Psn) -> Acknowledged {
+pub(super) fn acknowledge(qp: &mut Qp, owner: &mut impl Owner, psn: Psn) -> Acknowledged {
     let mut result = Acknowledged::Nothing;
     while let Some(front) = qp.send.outstanding.front() {
         if front.packets == 0 {
@@ -611,7 +608,7 @@ fn acknowledge(qp: &mut Qp, owner: &mut impl Owner, psn: Psn) -> Acknowledged {
 }
 
 /// Something was answered: counters and timers start anew (section 9.7.6.1.3).
-fn progress(qp: &mut Qp, core: &mut Core, now: Time) {
+pub(super) fn progress(qp: &mut Qp, core: &mut Core, now: Time) {
     qp.send.retries = qp.set.retry_count;
     qp.send.rnr_retries = qp.set.rnr_retry;
     qp.send.rnr_until = None;
@@ -624,7 +621,7 @@ fn progress(qp: &mut Qp, core: &mut Core, now: Time) {
 }
 
 /// Asks once more for what has no response, until it comes or the timer says otherwise.
-fn ask_again(qp: &mut Qp, core: &mut Core) {
+pub(super) fn ask_again(qp: &mut Qp, core: &mut Core) {
     let missing = qp.send.unacknowledged;
     if qp.send.asked_again != Some(missing) {
         qp.send.asked_again = Some(missing);
@@ -632,148 +629,8 @@ fn ask_again(qp: &mut Qp, core: &mut Core) {
     }
 }
 
-/// A packet that answers. Returns whether the queue pair may have something to send now.
-pub(super) fn answered(
-    qp: &mut Qp,
-    core: &mut Core,
-    owner: &mut impl Owner,
-    now: Time,
-    packet: Packet,
-    operation: Operation,
-) {
-    if !matches!(qp.state, State::Rts | State::Sqd) {
-        core.stats.dropped += 1;
-        return;
-    }
-    let last = packet.psn.add(packet.count - 1);
-    // Section 9.7.5.1.1: what answers nothing that was sent is a ghost. (One before the oldest may come again.)
-    if last.distance(qp.send.high) >= 0 || last.distance(qp.send.unacknowledged.before()) < 0 {
-        core.stats.dropped += 1;
-        return;
-    }
-    if !qp.send.held.is_empty() {
-        if qp.send.held.packets.len() < core.config.max_held {
-            qp.send.held.packets.push_back(packet);
-        } else {
-            qp.send.held.dropped = true;
-        }
-        return;
-    }
-    take(qp, core, owner, now, packet, operation);
-}
-
-/// Goes on with what was held, after a page came.
-pub(super) fn unhold(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner, now: Time) {
-    while let Some(packet) = qp.send.held.packets.pop_front() {
-        let Some(operation) = packet.opcode.operation() else {
-            continue;
-        };
-        if take(qp, core, owner, now, packet, operation) {
-            return;
-        }
-        qp.send.held.refused = None;
-        if qp.state == State::Error {
-            return;
-        }
-    }
-    if std::mem::take(&mut qp.send.held.dropped) {
-        go_back(qp, core);
-    }
-    if qp.send.ack_deadline.is_none() && !qp.send.outstanding.is_empty() {
-        set_deadline(qp, core, now);
-    }
-}
-
-/// Whether it must wait for a page (it has been put back).
-fn take(
-    qp: &mut Qp,
-    core: &mut Core,
-    owner: &mut impl Owner,
-    now: Time,
-    packet: Packet,
-    operation: Operation,
-) -> bool {
-    match (operation, packet.extension) {
-        (Operation::Acknowledge, Extension::Ack(aeth)) => {
-            acknowledged(qp, core, owner, now, packet.psn, aeth.syndrome());
-            false
-        }
-        (Operation::AtomicAcknowledge, Extension::AtomicAck(_, original)) => {
-            brought(qp, core, owner, now, packet, Some(original))
-        }
-        (Operation::ReadResponse(_), _) => brought(qp, core, owner, now, packet, None),
-        _ => {
-            core.stats.dropped += 1;
-            false
-        }
-    }
-}
-
-fn acknowledged(
-    qp: &mut Qp,
-    core: &mut Core,
-    owner: &mut impl Owner,
-    now: Time,
-    psn: Psn,
-    syndrome: Syndrome,
-) {
-    let through = match syndrome {
-        Syndrome::Ack(_) => psn,
-        // These name the first packet that was not executed.
-        _ => psn.before(),
-    };
-    let what = acknowledge(qp, owner, through);
-    match what {
-        Acknowledged::Progress => progress(qp, core, now),
-        Acknowledged::Missing => {
-            ask_again(qp, core);
-            return;
-        }
-        Acknowledged::Nothing => {
-            if matches!(syndrome, Syndrome::Ack(_)) {
-                // A second acknowledgement of what is long done: the responder is alive, and has its reasons (a
-                // page that it waits for). It is not one that does not answer.
-                qp.send.retries = qp.set.retry_count;
-            }
-        }
-    }
-    if psn.distance(qp.send.unacknowledged) < 0 {
-        return retire(qp, core, owner);
-    }
-    match syndrome {
-        Syndrome::Ack(_) => {}
-        Syndrome::RnrNak(code) => match qp.send.rnr_retries {
-            0 => return fail(qp, core, owner, Status::RnrRetryExceeded),
-            count => {
-                // Section 9.7.5.2.8: 7 is without end.
-                if count != 7 {
-                    qp.send.rnr_retries = count - 1;
-                }
-                core.stats.rnr_naks_received += 1;
-                go_back(qp, core);
-                qp.send.ack_deadline = None;
-                qp.send.rnr_until = Some(now + rnr_delay(code));
-            }
-        },
-        Syndrome::Nak(NakCode::SEQUENCE_ERROR) => {
-            core.stats.sequence_naks_received += 1;
-            return again(qp, core, owner, now);
-        }
-        Syndrome::Nak(code) => {
-            let status = match code {
-                NakCode::REMOTE_ACCESS => Status::RemoteAccess,
-                NakCode::REMOTE_OPERATION => Status::RemoteOperation,
-                _ => Status::RemoteInvalidRequest,
-            };
-            return fail(qp, core, owner, status);
-        }
-        Syndrome::Reserved(_) => core.stats.dropped += 1,
-    }
-    retire(qp, core, owner);
-}
-
 /// Sends again, if that is still allowed.
-fn again(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner, now: Time) {
+pub(super) fn again(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner, now: Time) {
     if qp.send.retries == 0 {
         return fail(qp, core, owner, Status::RetryExceeded);
     }
@@ -781,112 +638,6 @@ fn again(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner, now: Time) {
     qp.send.asked_again = None;
     go_back(qp, core);
     set_deadline(qp, core, now);
-}
-
-/// Data of a READ, or what an atomic found.
-fn brought(
-    qp: &mut Qp,
-    core: &mut Core,
-    owner: &mut impl Owner,
-    now: Time,
-    packet: Packet,
-    atomic: Option<u64>,
-) -> bool {
-    // A response acknowledges everything before its request (section 9.7.5.1.2).
-    let oldest = qp.send.outstanding.front();
-    let before = oldest.is_some_and(|front| packet.psn.distance(front.psn) > 0 && !is_read(&front.request))
-        || oldest.is_some_and(|front| front.packets == 0);
-    if before {
-        match acknowledge(qp, owner, packet.psn.before()) {
-            Acknowledged::Progress => progress(qp, core, now),
-            Acknowledged::Missing => {
-                ask_again(qp, core);
-                return false;
-            }
-            Acknowledged::Nothing => {}
-        }
-    }
-    let mtu = qp.set.mtu;
-    let Some(front) = qp
-        .send
-        .outstanding
-        .front()
-        .filter(|front| is_read(&front.request))
-    else {
-        core.stats.dropped += 1;
-        return false;
-    };
-    let request = front.request;
-    let is_atomic = !matches!(request.action, Action::Read(_));
-    let next = front.psn.add(front.received / mtu.bytes());
-    match packet.psn.distance(next) {
-        0 => {}
-        1.. => {
-            ask_again(qp, core);
-            return false;
-        }
-        _ => {
-            core.stats.duplicates += 1;
-            return false;
-        }
-    }
-    let words = atomic.unwrap_or_default().to_le_bytes();
-    let (data, ends) = match (atomic, packet.opcode.operation()) {
-        (Some(_), _) if is_atomic => (&words[..], true),
-        (None, Some(Operation::ReadResponse(place))) if !is_atomic => {
-            let ends = place.ends();
-            let (data, left) = (packet.data(), request.len - front.received);
-            let (len, full) = (
-                data.len() as u64,
-                u64::from(packet.count) * u64::from(mtu.bytes()),
-            );
-            let shaped = if ends {
-                len == u64::from(left) && packet.count == mtu.packets(left)
-            } else {
-                len == full && len < u64::from(left)
-            };
-            if !shaped {
-                fail(qp, core, owner, Status::BadResponse);
-                return false;
-            }
-            (data, ends)
-        }
-        _ => {
-            fail(qp, core, owner, Status::BadResponse);
-            return false;
-        }
-    };
-    let done = std::mem::take(&mut qp.send.held.done);
-    let answer = match qp.send.held.refused.take() {
-        Some(status) => Answer::Failed(status),
-        None if done as usize >= data.len() => Answer::Done(()),
-        None => owner.scatter_response(qp.id, &request, front.received + done, &data[done as usize..]),
-    };
-    match answer {
-        Answer::Done(()) => {}
-        Answer::Parked { done: more } => {
-            qp.send.held.done = done + more.min(data.len() as u32 - done);
-            qp.send.held.packets.push_front(packet);
-            // The answer is here: no need to ask for it again.
-            qp.send.ack_deadline = None;
-            return true;
-        }
-        Answer::Failed(status) => {
-            fail(qp, core, owner, status);
-            return false;
-        }
-    }
-    let len = data.len() as u32;
-    qp.send.unacknowledged = packet.psn.add(packet.count);
-    if let Some(front) = qp.send.outstanding.front_mut() {
-        front.received += len;
-    }
-    if ends {
-        complete_front(qp, owner);
-    }
-    progress(qp, core, now);
-    retire(qp, core, owner);
-    false
 }
 
 /// A deadline has come, or not yet. What remains is armed again by the caller.

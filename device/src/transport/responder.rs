@@ -1,17 +1,14 @@
 //! The receiving half: requests of the other side are executed in order, once, and answered in order.
 
-use protos::ib::{Aeth, Extended, NakCode, Operation, Place, Psn, Syndrome};
+use protos::ib::{Extended, NakCode, Operation, Place, Psn, Syndrome};
 
-use super::core::{Core, Step};
-use super::link::Link;
+use super::core::Core;
 use super::owner::{Answer, Atomic, Event, Owner, Received, Remote, Right, Source, Status};
 use super::packet::{Extension, Packet};
-use super::pool::SEGMENT;
 use super::qp::{Message, Qp, Resource, ResourceKind, Response, State};
-use super::requester::answer;
 
 /// How the execution of a packet ended.
-enum Executed {
+pub(super) enum Executed {
     Done,
     /// A page is missing: the packet waits.
     Parked,
@@ -368,7 +365,7 @@ fn xrc_queue(packet: &Packet) -> Option<u32> {
 }
 
 /// Takes a receive request unless there is one.
-fn take(qp: &mut Qp, owner: &mut impl Owner, packet: &Packet) -> Option<Executed> {
+pub(super) fn take(qp: &mut Qp, owner: &mut impl Owner, packet: &Packet) -> Option<Executed> {
     if qp.receive.taken.is_some() {
         return None;
     }
@@ -702,7 +699,7 @@ fn nak(qp: &mut Qp, core: &mut Core, psn: Psn, syndrome: Syndrome) {
 }
 
 /// Tells the owner what became of the receive request at hand.
-fn complete(
+pub(super) fn complete(
     qp: &mut Qp,
     owner: &mut impl Owner,
     packet: &Packet,
@@ -743,238 +740,4 @@ fn complete(
             },
         },
     );
-}
-
-/// A datagram (section 9.8.3). It is dropped where a connected packet would be refused.
-pub(super) fn datagram(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner, packet: Packet) {
-    if !qp.receive.held.is_empty() {
-        if qp.receive.held.packets.len() < core.config.max_held {
-            qp.receive.held.packets.push_back(packet);
-        } else {
-            core.stats.dropped += 1;
-        }
-        return;
-    }
-    take_datagram(qp, core, owner, packet);
-}
-
-/// Goes on with held datagrams, after a page came.
-pub(super) fn unhold_datagrams(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner) {
-    while let Some(packet) = qp.receive.held.packets.pop_front() {
-        if !qp.receives() {
-            qp.receive.held.clear();
-            return;
-        }
-        if take_datagram(qp, core, owner, packet) {
-            return;
-        }
-    }
-}
-
-/// Whether it waits for a page.
-fn take_datagram(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner, packet: Packet) -> bool {
-    let result = match qp.receive.held.refused.take() {
-        Some(status) => Executed::Refused(status),
-        None => store_datagram(qp, owner, &packet),
-    };
-    let operation = packet.opcode.operation().unwrap_or(Operation::Acknowledge);
-    match result {
-        Executed::Parked => {
-            qp.receive.held.packets.push_front(packet);
-            core.stats.parks += 1;
-            return true;
-        }
-        Executed::Done => {
-            core.stats.packets_received += 1;
-            let len = packet.data().len() as u32 + GRH;
-            complete(qp, owner, &packet, operation, Status::Success, len);
-            if qp.state == State::Rtr && !qp.receive.established {
-                qp.receive.established = true;
-                owner.event(qp.id, Event::CommunicationEstablished);
-            }
-        }
-        Executed::NotReady => core.stats.dropped += 1,
-        Executed::Refused(status) => {
-            core.stats.refused += 1;
-            if qp.receive.taken.is_some() {
-                // The receive request is at fault: it ends with the error, and the queue pair with it (9.9.3).
-                complete(qp, owner, &packet, operation, status, 0);
-                super::requester::enter_error(qp, core, owner);
-            }
-        }
-    }
-    qp.receive.held.done = 0;
-    false
-}
-
-/// Bytes before a datagram's payload (section 11.4.1.2: kept free whether or not there is a header).
-const GRH: u32 = size_of::<protos::ib::Grh>() as u32;
-
-fn store_datagram(qp: &mut Qp, owner: &mut impl Owner, packet: &Packet) -> Executed {
-    if let Some(other) = take(qp, owner, packet) {
-        return other;
-    }
-    let Some(receive) = qp.receive.taken else {
-        return Executed::NotReady;
-    };
-    let header;
-    let header: &[u8] = match &packet.global {
-        Some(grh) => {
-            header = *grh;
-            zerocopy::IntoBytes::as_bytes(&header)
-        }
-        None => &[],
-    };
-    for (part, offset) in [(header, 0), (packet.data(), GRH)] {
-        let end = offset + part.len() as u32;
-        let done = qp.receive.held.done.max(offset);
-        if done >= end {
-            continue;
-        }
-        match owner.scatter_receive(qp.id, &receive, done, &part[(done - offset) as usize..]) {
-            Answer::Done(()) => qp.receive.held.done = end,
-            Answer::Parked { done: more } => {
-                qp.receive.held.done = done.saturating_add(more).min(end);
-                return Executed::Parked;
-            }
-            Answer::Failed(status) => return Executed::Refused(status),
-        }
-    }
-    Executed::Done
-}
-
-/// Sends what is to be sent back: one packet.
-pub(super) fn respond(
-    qp: &mut Qp,
-    core: &mut Core,
-    owner: &mut impl Owner,
-    link: &mut impl Link,
-    now: super::Time,
-) -> Step {
-    if qp.receive.read_parked {
-        return Step::Idle;
-    }
-    let Some(&response) = qp.receive.responses.front() else {
-        return Step::Idle;
-    };
-    let packet = match response {
-        Response::Read {
-            psn,
-            at,
-            len,
-            sent,
-            msn,
-        } => return stream(qp, core, owner, link, now, (psn, at, len, sent, msn)),
-        Response::Ack { psn, msn } => answer(
-            qp,
-            Operation::Acknowledge,
-            psn,
-            1,
-            Some(Aeth::new(Syndrome::ACK, msn)),
-        ),
-        Response::Nak { psn, syndrome, msn } => {
-            answer(qp, Operation::Acknowledge, psn, 1, Some(Aeth::new(syndrome, msn)))
-        }
-        Response::Atomic { psn, original, msn } => {
-            let mut packet = answer(qp, Operation::AtomicAcknowledge, psn, 1, None);
-            packet.extension = Extension::AtomicAck(Aeth::new(Syndrome::ACK, msn), original);
-            packet
-        }
-    };
-    if link.transmit(packet, now).is_err() {
-        return Step::Full;
-    }
-    core.stats.packets_sent += 1;
-    qp.receive.responses.pop_front();
-    more(qp)
-}
-
-fn more(qp: &Qp) -> Step {
-    if qp.receive.responses.is_empty() {
-        Step::Idle
-    } else {
-        Step::More
-    }
-}
-
-/// A piece of the data of a READ.
-fn stream(
-    qp: &mut Qp,
-    core: &mut Core,
-    owner: &mut impl Owner,
-    link: &mut impl Link,
-    now: super::Time,
-    (psn, at, len, sent, msn): (Psn, Remote, u32, u32, u32),
-) -> Step {
-    let mtu = qp.set.mtu;
-    let size = (len - sent)
-        .min(core.config.segment.max(mtu.bytes()))
-        .min(SEGMENT as u32);
-    let payload = if size == 0 {
-        None
-    } else {
-        let (mut buffer, filled) = match qp.receive.filling.take() {
-            Some((buffer, filled)) if buffer.len() == size as usize => (buffer, filled),
-            _ => (core.pool.take(size as usize), 0),
-        };
-        if filled < size {
-            let from = Remote {
-                va: at.va.wrapping_add(u64::from(sent + filled)),
-                ..at
-            };
-            let answer = match qp.receive.read_refused.take() {
-                Some(status) => Answer::Failed(status),
-                None => owner.remote_read(qp.id, from, &mut buffer[filled as usize..]),
-            };
-            match answer {
-                Answer::Done(()) => {}
-                Answer::Parked { done } => {
-                    qp.receive.filling = Some((buffer, filled.saturating_add(done).min(size)));
-                    qp.receive.read_parked = true;
-                    core.stats.parks += 1;
-                    return Step::Idle;
-                }
-                Answer::Failed(status) => {
-                    // The right is gone since the request was accepted, or a page cannot be had.
-                    core.stats.refused += 1;
-                    let code = match status {
-                        Status::RemoteAccess => NakCode::REMOTE_ACCESS,
-                        _ => NakCode::REMOTE_OPERATION,
-                    };
-                    let psn = psn.add(sent / mtu.bytes());
-                    owner.event(qp.id, Event::AccessViolation);
-                    super::requester::enter_error(qp, core, owner);
-                    qp.receive.responses.push_back(Response::Nak {
-                        psn,
-                        syndrome: Syndrome::Nak(code),
-                        msn,
-                    });
-                    return Step::More;
-                }
-            }
-        }
-        Some(buffer)
-    };
-    let place = Place::new(sent == 0, sent + size == len);
-    let aeth = (place != Place::Middle).then(|| Aeth::new(Syndrome::ACK, msn));
-    let count = mtu.packets(size);
-    let mut packet = answer(
-        qp,
-        Operation::ReadResponse(place),
-        psn.add(sent / mtu.bytes()),
-        count,
-        aeth,
-    );
-    packet.payload = payload;
-    if let Err(packet) = link.transmit(packet, now) {
-        qp.receive.filling = packet.payload.map(|buffer| (buffer, size));
-        return Step::Full;
-    }
-    core.stats.packets_sent += u64::from(count);
-    if place.ends() {
-        qp.receive.responses.pop_front();
-    } else if let Some(Response::Read { sent, .. }) = qp.receive.responses.front_mut() {
-        *sent += size;
-    }
-    more(qp)
 }
