@@ -38,7 +38,7 @@ pub enum Command {
     /// Device, host daemon and an application that verifies its results while its memory changes.
     Demo(DemoArgs),
     /// Run a device process that serves vfio-user on a socket.
-    Device(DeviceArgs),
+    Device(Box<DeviceArgs>),
     /// Run the host daemon: it drives the device and keeps it coherent with the attached applications.
     Host(HostArgs),
     /// Boot a guest in QEMU with a device, and run a command or a shell in it.
