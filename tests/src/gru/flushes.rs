@@ -118,7 +118,8 @@ pub fn s2_bcopy_storm(rig: &Rig, moves: u64, least_copies: u64) {
         while !stop.load(Ordering::Relaxed) && (step < moves || copies.load(Ordering::Relaxed) < least_copies)
         {
             step += 1;
-            let page = (step * 31) % total;
+            // Each page of both in turn: a page number from the step itself would have the step's parity.
+            let page = (step / 2 * 31) % total;
             let base = if step % 2 == 0 { SRC } else { DST };
             let va = base + page * FRAME;
             let old = table.migrate(&mm, va);
