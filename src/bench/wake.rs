@@ -92,6 +92,10 @@ impl Peer {
         let path = fifo(&socket);
         let bell = open(&path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
             .with_context(|| format!("cannot open {}", path.display()))?;
+        // Both ends are open; the names are the next floor's.
+        for name in [&path, &socket] {
+            std::fs::remove_file(name).with_context(|| format!("cannot remove {}", name.display()))?;
+        }
         Ok(Self {
             _service: service,
             echo,
