@@ -454,10 +454,10 @@ fn serve(shared: &Weak<Shared>, mut stream: Stream, ends: &Arc<Ends>) -> io::Res
         };
         (welcome, block)
     };
-    write_frame(&mut stream, kind::WELCOME, welcome.as_bytes())?;
     let bell = Arc::new(Bell::default());
     let inbox = Arc::new(Inbox::new(bell.clone()));
     {
+        // Before the other side hears that it is up: what is sent to it from then on has a way.
         let mut state = strong.lock();
         strong.change(&mut state, |routes| {
             routes.trunks.push(inbox.clone());
@@ -467,7 +467,8 @@ fn serve(shared: &Weak<Shared>, mut stream: Stream, ends: &Arc<Ends>) -> io::Res
         });
     }
     drop(strong);
-    let result = carry(shared, stream, ends, &inbox, &bell, Some(block));
+    let result = write_frame(&mut stream, kind::WELCOME, welcome.as_bytes())
+        .and_then(|()| carry(shared, stream, ends, &inbox, &bell, Some(block)));
     inbox.close();
     if let Some(strong) = shared.upgrade() {
         let mut state = strong.lock();
