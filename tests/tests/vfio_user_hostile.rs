@@ -4,6 +4,7 @@ mod vfio_user_scratch;
 
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use device::server::ServerOptions;
@@ -18,11 +19,6 @@ const ENOTSUP: i32 = 95;
 const EMSGSIZE: i32 = 90;
 const E2BIG: i32 = 7;
 
-/// Negotiated, memory decoding on.
-fn ready(rig: &Rig) -> Raw {
-    vfio_user_scratch::ready(&rig.path)
-}
-
 /// A complete message that would leave a trace in the model's log.
 fn smuggled() -> Vec<u8> {
     Raw::frame(99, Command::REGION_WRITE, &access(LOG, 0, 8, &[0xbb; 8]))
@@ -31,7 +27,7 @@ fn smuggled() -> Vec<u8> {
 #[test]
 fn test_unknown_command_when_its_body_is_a_command_does_not_run_it() {
     let rig = Rig::start();
-    let mut raw = ready(&rig);
+    let mut raw = ready(&rig.path);
     let kinds = [0, 11, 12, 14, 15, 16, 17, 18, 19, 500, u16::MAX];
     for (id, command) in (10..).zip(kinds) {
         // Both at once: the second one may be in the buffer when the first is refused.
@@ -51,7 +47,7 @@ fn test_unknown_command_when_its_body_is_a_command_does_not_run_it() {
 #[test]
 fn test_refused_body_when_of_the_wrong_size_does_not_run() {
     let rig = Rig::start();
-    let mut raw = ready(&rig);
+    let mut raw = ready(&rig.path);
     let commands = [
         Command::DMA_MAP,
         Command::DMA_UNMAP,
@@ -149,7 +145,7 @@ fn test_version_reply_when_the_request_is_short_is_no_longer() {
 fn test_size_when_impossible_is_answered_and_ends_the_connection() {
     let rig = Rig::start();
     for size in [0, 1, 15, (1 << 20) + 33, u32::MAX] {
-        let mut raw = ready(&rig);
+        let mut raw = ready(&rig.path);
         let header = Header {
             message_size: size,
             ..Header::command(7, Command::REGION_WRITE, 0, MessageFlags::COMMAND)
@@ -158,13 +154,13 @@ fn test_size_when_impossible_is_answered_and_ends_the_connection() {
         raw.expect_error(7, EMSGSIZE);
         raw.expect_closed();
     }
-    assert_eq!(ready(&rig).read_register(2, 8), 0);
+    assert_eq!(ready(&rig.path).read_register(2, 8), 0);
 }
 
 #[test]
 fn test_count_when_larger_than_data_or_limit_is_refused() {
     let rig = Rig::start();
-    let mut raw = ready(&rig);
+    let mut raw = ready(&rig.path);
     for (id, count, errno) in [
         (2, (1 << 20) + 1, E2BIG),
         (3, u32::MAX, E2BIG),
@@ -193,19 +189,19 @@ fn test_message_when_cut_short_ends_the_connection_only() {
     let rig = Rig::start();
     let frame = Raw::frame(3, Command::REGION_WRITE, &access(LOG, 0, 8, &[1; 8]));
     for len in [1, 7, 15, 16, 17, 31, 39] {
-        let mut raw = ready(&rig);
+        let mut raw = ready(&rig.path);
         raw.stream.write_all(&frame[..len]).unwrap();
         raw.stream.shutdown(std::net::Shutdown::Write).unwrap();
         raw.expect_closed();
     }
     assert!(rig.model.log().is_empty());
-    assert_eq!(ready(&rig).read_register(2, 8), 0);
+    assert_eq!(ready(&rig.path).read_register(2, 8), 0);
 }
 
 #[test]
 fn test_message_when_it_comes_byte_by_byte_is_served() {
     let rig = Rig::start();
-    let mut raw = ready(&rig);
+    let mut raw = ready(&rig.path);
     for byte in Raw::frame(3, Command::REGION_WRITE, &access(LOG, 0, 8, &[1; 8])) {
         raw.stream.write_all(&[byte]).unwrap();
     }
@@ -224,12 +220,12 @@ fn test_client_when_it_stalls_is_disconnected_and_the_next_one_served() {
     // Half a header, a header without its body.
     let frame = Raw::frame(3, Command::REGION_WRITE, &access(LOG, 0, 8, &[1; 8]));
     for len in [3, 16, 20] {
-        let mut raw = ready(&rig);
+        let mut raw = ready(&rig.path);
         raw.stream.write_all(&frame[..len]).unwrap();
         raw.expect_closed();
     }
     // Never reads its answers: 1 MiB each, far more than a socket holds.
-    let mut raw = ready(&rig);
+    let mut raw = ready(&rig.path);
     for id in 0..8 {
         let frame = Raw::frame(id, Command::REGION_READ, &access(0, 2, 1 << 20, &[]));
         if raw.stream.write_all(&frame).is_err() {
@@ -273,7 +269,7 @@ fn test_client_when_it_stalls_is_disconnected_and_the_next_one_served() {
 #[test]
 fn test_fds_when_too_many_or_unwanted_are_refused_and_closed() {
     let rig = Rig::start();
-    let mut raw = ready(&rig);
+    let mut raw = ready(&rig.path);
     let map = DmaMap {
         argsz: 32,
         flags: protos::vfio_user::DmaFlags(3),
@@ -326,7 +322,7 @@ fn test_fds_when_too_many_or_unwanted_are_refused_and_closed() {
 #[test]
 fn test_fds_when_they_come_with_the_body_count_as_the_messages() {
     let rig = Rig::start();
-    let mut raw = ready(&rig);
+    let mut raw = ready(&rig.path);
     let (read, write) = rustix::pipe::pipe().unwrap();
     let frame = Raw::frame(3, Command::REGION_WRITE, &access(LOG, 0, 8, &[1; 8]));
     raw.stream.write_all(&frame[..20]).unwrap();
@@ -354,7 +350,7 @@ fn test_fds_when_they_come_with_the_body_count_as_the_messages() {
 #[test]
 fn test_dma_when_malformed_is_refused() {
     let rig = Rig::start();
-    let mut raw = ready(&rig);
+    let mut raw = ready(&rig.path);
     let memory = memfd(0x2000);
     let good = DmaMap {
         argsz: 32,
@@ -473,7 +469,7 @@ fn test_dma_when_malformed_is_refused() {
 #[test]
 fn test_region_info_when_the_room_is_small_is_short_but_valid() {
     let rig = Rig::start();
-    let mut raw = ready(&rig);
+    let mut raw = ready(&rig.path);
     let ask = |argsz, index| RegionInfo {
         argsz,
         flags: protos::vfio_user::RegionFlags(0),
@@ -502,7 +498,7 @@ fn test_region_info_when_the_room_is_small_is_short_but_valid() {
 #[test]
 fn test_no_reply_when_set_on_anything_is_never_answered() {
     let rig = Rig::start();
-    let mut raw = ready(&rig);
+    let mut raw = ready(&rig.path);
     for command in 0..30 {
         let header = Header::command(77, Command(command), 3, MessageFlags::NO_REPLY);
         raw.stream
@@ -515,7 +511,7 @@ fn test_no_reply_when_set_on_anything_is_never_answered() {
 #[test]
 fn test_reply_when_nothing_was_asked_is_ignored_and_other_types_refused() {
     let rig = Rig::start();
-    let mut raw = ready(&rig);
+    let mut raw = ready(&rig.path);
     for bits in [1, 0x21, 0x31] {
         let header = Header {
             flags: MessageFlags(bits),
@@ -534,12 +530,27 @@ fn test_reply_when_nothing_was_asked_is_ignored_and_other_types_refused() {
     assert!(rig.model.log().is_empty() && rig.model.resets() == 0);
 }
 
+/// The server is there, and is this hostile client's.
+fn still_held(rig: &Rig, by: &Raw) {
+    let mut events = [rustix::event::PollFd::new(
+        &by.stream,
+        rustix::event::PollFlags::RDHUP,
+    )];
+    let now = rustix::event::Timespec::default();
+    assert_eq!(
+        rustix::event::poll(&mut events, Some(&now)),
+        Ok(0),
+        "not hung up yet"
+    );
+    Raw::connect(&rig.path).expect_error(0, 16);
+}
+
 #[test]
 fn test_other_devices_when_clients_stall_and_flood_are_served_as_before() {
     // A minute: what the hostile clients hold up stays held up during the test.
-    let (stalled, flooded, good) = (Rig::start(), Rig::start(), Rig::start());
+    let (stalled, cut, flooded, good) = (Rig::start(), Rig::start(), Rig::start(), Rig::start());
     // Never reads its answers: the server waits in the middle of one.
-    let mut reader = ready(&stalled);
+    let mut reader = ready(&stalled.path);
     reader.stream.set_nonblocking(true).unwrap();
     let frame = Raw::frame(9, Command::REGION_READ, &access(0, 2, 1 << 20, &[]));
     for _ in 0..8 {
@@ -549,26 +560,64 @@ fn test_other_devices_when_clients_stall_and_flood_are_served_as_before() {
     }
     // Half a message, with file descriptors.
     let memory = memfd(0x1000);
-    let mut half = ready(&flooded);
+    let mut half = ready(&cut.path);
     half.send_with_fds(3, Command::REGION_READ, &[], &[memory.as_fd(); 20]);
     half.expect_error(3, EINVAL);
     half.stream
         .write_all(&Raw::frame(4, Command::DMA_MAP, &[0; 32])[..30])
         .unwrap();
-    let mut raw = ready(&good);
-    let begin = std::time::Instant::now();
-    for id in 10..2010 {
-        assert_eq!(raw.read_register(id, 8), 0);
+    // As many messages as go through, good and bad.
+    let flooder = ready(&flooded.path);
+    let patience = Some(Duration::from_secs(30));
+    flooder.stream.set_write_timeout(patience).unwrap();
+    let (sent, over) = (AtomicU64::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let quiet = |command, body: &[u8]| {
+                let mut frame = Raw::frame(5, command, body);
+                frame[8..12].copy_from_slice(&MessageFlags::NO_REPLY.0.to_ne_bytes());
+                frame
+            };
+            let write = quiet(Command::REGION_WRITE, &access(8, 0, 8, &[1; 8]));
+            let messages = [write, quiet(Command(99), &smuggled())].concat();
+            while !over.load(Ordering::Relaxed) {
+                (&flooder.stream).write_all(&messages).unwrap();
+                sent.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        // Also when an assertion fails.
+        let _over = OnDrop(&over);
+        let begin = std::time::Instant::now();
+        let mut raw = ready(&good.path);
+        let mut id = 10;
+        // Until the flood has had its time, too.
+        let flood = |sent: &AtomicU64| sent.load(Ordering::Relaxed);
+        while id < 2010 || flood(&sent) < 2000 {
+            assert_eq!(raw.read_register(id, 8), 0);
+            id = id.wrapping_add(1).max(10);
+            // Waiting for one of the others would take a minute.
+            assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
+        }
+        still_held(&stalled, &reader);
+        still_held(&cut, &half);
+        still_held(&flooded, &flooder);
+    });
+    assert!(flooded.model.log().is_empty(), "nothing smuggled in was done");
+}
+
+struct OnDrop<'a>(&'a AtomicBool);
+
+impl Drop for OnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
-    // Waiting for one of the others would take a minute.
-    assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
 }
 
 /// Anything with a true size is answered once, with a true size, and does not take the server down.
 #[test]
 fn test_any_messages_when_sent_are_each_answered_once() {
     let rig = Rig::start();
-    let shared = std::cell::RefCell::new(ready(&rig));
+    let shared = std::cell::RefCell::new(ready(&rig.path));
     let memory = memfd(0x4000);
     let config = Config {
         cases: 400,
@@ -621,5 +670,5 @@ fn test_any_messages_when_sent_are_each_answered_once() {
     outcome.unwrap();
     let raw = shared.into_inner();
     assert_eq!(raw.stream.shutdown(std::net::Shutdown::Both).ok(), Some(()));
-    assert_eq!(ready(&rig).read_register(1, 8), 0);
+    assert_eq!(ready(&rig.path).read_register(1, 8), 0);
 }

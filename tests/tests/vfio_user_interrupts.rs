@@ -328,3 +328,90 @@ fn test_mask_eventfd_when_the_server_stops_does_not_keep_it() {
     rig.finish();
     client.raw.expect_closed();
 }
+
+/// Where the config space has the MSI-X message control word of a [`Scratch`].
+const MESSAGE_CONTROL: u64 = 0x90 + 2;
+const FUNCTION_MASK: u16 = 1 << 14;
+const MSIX_ENABLE: u16 = 1 << 15;
+
+#[test]
+fn test_pending_bits_when_read_over_the_socket_show_what_is_held_back_until_it_is_unmasked() {
+    /// In each of the three words of the pending-bit array, the last one included.
+    const HELD: [u8; 5] = [0, 63, 64, 70, VECTORS as u8 - 1];
+    fn pending(client: &mut Client) -> Vec<u8> {
+        client.id += 1;
+        let body = access(MSIX.pba_offset, 0, 24, &[]);
+        client.raw.send(client.id, Command::REGION_READ, &body);
+        let bits = client.raw.expect_ok(client.id)[16..].to_vec();
+        let is_set = |vector: &u8| bits[usize::from(*vector / 8)] >> (vector % 8) & 1 != 0;
+        (0..192).filter(is_set).collect()
+    }
+    fn write(client: &mut Client, region: u32, offset: u64, data: &[u8]) {
+        client.id += 1;
+        let body = access(offset, region, data.len() as u32, data);
+        client.raw.send(client.id, Command::REGION_WRITE, &body);
+        client.raw.expect_ok(client.id);
+    }
+    fn mask_in_the_table(client: &mut Client, vector: u8, masked: bool) {
+        let control = MSIX.table_offset + u64::from(vector) * 16 + 12;
+        write(client, 0, control, &u32::from(masked).to_le_bytes());
+    }
+    fn mask_by_set_irqs(client: &mut Client, vector: u8, masked: bool) {
+        let action = if masked { MASK } else { UNMASK };
+        client.set(set(NONE | action, vector.into(), 1), &[]);
+    }
+    let rig = Rig::start();
+    let mut client = Client::connect(&rig);
+    let fds = events(HELD.len());
+    for (vector, fd) in HELD.iter().zip(&fds) {
+        let one = [fd.try_clone().unwrap()];
+        client.set_fds(set(EVENTFD | TRIGGER, (*vector).into(), 1), &one);
+    }
+    write(&mut client, 7, MESSAGE_CONTROL, &MSIX_ENABLE.to_le_bytes());
+    for mask in [mask_in_the_table, mask_by_set_irqs] {
+        assert_eq!(pending(&mut client), Vec::<u8>::new());
+        HELD.iter().for_each(|vector| mask(&mut client, *vector, true));
+        assert_eq!(pending(&mut client), Vec::<u8>::new(), "masked, but not raised");
+        // Twice is once. One after the other, so that each has the bit that it should.
+        for raised in 1..=HELD.len() {
+            client.raise([HELD[raised - 1], HELD[raised - 1]]);
+            assert_eq!(pending(&mut client), HELD[..raised]);
+        }
+        assert_eq!(pending(&mut client), HELD, "reading clears nothing");
+        assert_eq!(counts(&fds), [0; HELD.len()]);
+        // Software cannot write them.
+        write(&mut client, 0, MSIX.pba_offset, &[0xff; 24]);
+        assert_eq!(pending(&mut client), HELD);
+        for unmasked in 1..=HELD.len() {
+            mask(&mut client, HELD[unmasked - 1], false);
+            assert_eq!(pending(&mut client), HELD[unmasked..]);
+            let mut expected = [0; HELD.len()];
+            expected[unmasked - 1] = 1;
+            assert_eq!(counts(&fds), expected, "that one comes, once");
+        }
+    }
+    // The whole function.
+    write(
+        &mut client,
+        7,
+        MESSAGE_CONTROL,
+        &(MSIX_ENABLE | FUNCTION_MASK).to_le_bytes(),
+    );
+    client.raise(HELD);
+    assert_eq!(
+        (pending(&mut client), counts(&fds)),
+        (HELD.to_vec(), vec![0; HELD.len()])
+    );
+    // Masked twice, unmasked once: it stays where it is.
+    mask_in_the_table(&mut client, HELD[1], true);
+    write(&mut client, 7, MESSAGE_CONTROL, &MSIX_ENABLE.to_le_bytes());
+    assert_eq!(
+        (pending(&mut client), counts(&fds)),
+        (vec![HELD[1]], vec![1, 0, 1, 1, 1])
+    );
+    mask_in_the_table(&mut client, HELD[1], false);
+    assert_eq!(
+        (pending(&mut client), counts(&fds)),
+        (vec![], vec![0, 1, 0, 0, 0])
+    );
+}

@@ -175,6 +175,7 @@ impl Hardware {
             waiting: Waiting {
                 inside,
                 pausing: &self.pausing,
+                wake: &self.wake,
             },
             room: &mut bench.room,
             asked: &mut asked,

@@ -9,11 +9,12 @@
 //!
 //! There are few of them, as they wait for one and the same client.
 
-use std::sync::atomic::Ordering;
+use std::ops::Deref;
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use super::cch::physical_cbrs;
-use super::chiplet::{Chiplet, Phase, bits};
+use super::chiplet::{Chiplet, Context, Inside, Phase, bits};
 use super::engine::{Bench, Vital};
 use super::hardware::Hardware;
 
@@ -73,7 +74,44 @@ pub(super) fn run(hardware: &Arc<Hardware>, mut bench: Bench) {
     }
 }
 
+/// A courier inside a context. It does not count as awake, so an INTERRUPT that has met it waits for being told that it
+/// has left: an engine would look again by itself.
+#[derive(Debug)]
+pub(super) struct Visit<'a> {
+    inside: Option<Inside<'a>>,
+    context: &'a Context,
+    hardware: &'a Hardware,
+}
+
+impl<'a> Deref for Visit<'a> {
+    type Target = Inside<'a>;
+    fn deref(&self) -> &Inside<'a> {
+        self.inside.as_ref().expect("inside until dropped")
+    }
+}
+
+impl Drop for Visit<'_> {
+    fn drop(&mut self) {
+        self.inside = None;
+        fence(Ordering::SeqCst);
+        if !self.context.is_open() {
+            self.hardware.ring();
+        }
+    }
+}
+
 impl Hardware {
+    /// Enters a context for a courier, or not if it is stopped.
+    pub(super) fn visit<'a>(&'a self, context: &'a Context) -> Option<Visit<'a>> {
+        // Also who is refused was inside for a moment, and leaves by `Visit`.
+        let visit = Visit {
+            inside: context.enter(),
+            context,
+            hardware: self,
+        };
+        visit.inside.is_some().then_some(visit)
+    }
+
     /// One step for every CBR that asks. Returns whether there was one.
     fn deliver(&self, bench: &mut Bench) -> bool {
         let _working = self
@@ -95,7 +133,7 @@ impl Hardware {
         for (logical, cbr) in physical_cbrs(context).enumerate() {
             let resource = &chiplet.cbrs[cbr];
             // Entered for each anew: an INTERRUPT waits for one step at most.
-            let Some(inside) = context.enter() else {
+            let Some(inside) = self.visit(context) else {
                 break;
             };
             if inside.must_leave() || self.pausing.load(Ordering::SeqCst) {

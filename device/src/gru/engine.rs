@@ -188,7 +188,7 @@ impl Hardware {
     /// Looks at everything once and does what it finds.
     fn pass(&self, bench: &mut Bench, full: bool) -> Found {
         let _working = self.working();
-        let mut flushed = self.execute_tghs() | self.tgh_settle();
+        let mut flushed = self.execute_tghs();
         let mut worked = flushed;
         for chiplet in &self.chiplets {
             worked |= self.tfh_scan(chiplet, full);
@@ -257,10 +257,10 @@ impl Hardware {
             .expect("no thread dies while it resets the device")
     }
 
+    /// Those that waited for the client, too.
     fn execute_tghs(&self) -> bool {
-        self.chiplets
-            .iter()
-            .fold(false, |worked, chiplet| worked | self.tgh_scan(chiplet))
+        let scan = |worked, chiplet| worked | self.tgh_scan(chiplet);
+        self.chiplets.iter().fold(self.tgh_settle(), scan)
     }
 
     /// Whether there is something that this engine could do: a look that changes nothing. What another engine is
@@ -278,8 +278,9 @@ impl Hardware {
 
     /// Around what may take long: the calling engine counts as asleep, so that a purge does not wait for it.
     pub(super) fn while_away<T>(&self, long: impl FnOnce() -> T) -> T {
-        self.wake
-            .hand_over(|| self.chiplets.iter().any(|chiplet| self.tgh_waiting(chiplet)));
+        self.wake.hand_over(|| {
+            self.tgh_settles() || self.chiplets.iter().any(|chiplet| self.tgh_waiting(chiplet))
+        });
         let result = long();
         self.wake.enter();
         result

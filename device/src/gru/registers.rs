@@ -111,7 +111,8 @@ impl Hardware {
                     let wanted = tgh::Control::new().with_status(HandleStatus::ACTIVE).into_bits();
                     self.store_control(offset, mask, value, go.then_some((status, wanted)));
                     let chiplet = &self.chiplets[(offset / map::CHIPLET_SIZE) as usize];
-                    if go && (!self.tgh_at_once(chiplet) || self.tgh_waiting(chiplet)) {
+                    // What has met a write that is answered by now is for an engine: none may have looked since.
+                    if go && (!self.tgh_at_once(chiplet) || self.tgh_waiting(chiplet) || self.tgh_settles()) {
                         self.ring();
                     }
                 }

@@ -76,7 +76,7 @@ pub(super) struct Owing {
 }
 
 impl Owing {
-    fn lock(&self) -> MutexGuard<'_, Vec<Owed>> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Vec<Owed>> {
         self.list.lock().expect("no thread dies while it owes a purge")
     }
 
@@ -118,6 +118,8 @@ impl Hardware {
     /// Whether a TGH waits for an engine. One that an engine has claimed does not: that engine looks again before it
     /// sleeps, and others must not take the CPU from the access that its drain waits for.
     pub(super) fn tgh_waiting(&self, chiplet: &Chiplet) -> bool {
+        // Whoever has just given a claim back sees the next command, or its writer's engine sees no claim.
+        fence(Ordering::SeqCst);
         let claims = chiplet.tgh_claims.load(Ordering::SeqCst);
         let commanded = |handle| {
             claims >> handle & 1 == 0

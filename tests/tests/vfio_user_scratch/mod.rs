@@ -406,13 +406,17 @@ impl Raw {
     }
 
     pub fn send_with_fds(&mut self, id: u16, command: Command, body: &[u8], fds: &[BorrowedFd<'_>]) {
-        let frame = Self::frame(id, command, body);
+        self.send_bytes_with_fds(&Self::frame(id, command, body), fds);
+    }
+
+    /// What need not be a whole message.
+    pub fn send_bytes_with_fds(&mut self, frame: &[u8], fds: &[BorrowedFd<'_>]) {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
         let sent = sendmsg(
             self.stream.as_fd(),
-            &[IoSlice::new(&frame)],
+            &[IoSlice::new(frame)],
             &mut control,
             SendFlags::NOSIGNAL,
         );

@@ -17,6 +17,7 @@ use super::Stop;
 use crate::atc::Asking;
 use crate::dma::{self, DmaError, Interest};
 use crate::gru::chiplet::Inside;
+use crate::gru::wake::Wake;
 
 /// Why somebody who waits for the client might have to stop waiting.
 #[derive(Debug, Clone, Copy)]
@@ -25,6 +26,8 @@ pub(in crate::gru) struct Waiting<'a> {
     pub(in crate::gru) inside: &'a Inside<'a>,
     /// A reset waits.
     pub(in crate::gru) pausing: &'a AtomicBool,
+    /// Who finishes the flush that waits for a request.
+    pub(in crate::gru) wake: &'a Wake,
 }
 
 impl Waiting<'_> {
@@ -81,6 +84,16 @@ impl Message<'_> {
                 _ => Stop::NOWHERE,
             }
         })
+    }
+}
+
+impl Drop for Message<'_> {
+    /// A step can make many requests, and the flush that has met this one waits for no other.
+    fn drop(&mut self) {
+        if self.is_purged() {
+            self.asking = None;
+            self.waiting.wake.ring();
+        }
     }
 }
 

@@ -19,6 +19,8 @@ const PRIVATE_LEN: u64 = 1 << 20;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Manner {
     Answers,
+    /// Then [`Manner::Silent`].
+    AnswersOnce,
     /// Until told otherwise.
     Silent,
     Refuses,
@@ -98,7 +100,10 @@ impl Client {
             }
             let errno = Errno::NODEV;
             match state.manner {
-                Manner::Answers => {
+                manner @ (Manner::Answers | Manner::AnswersOnce) => {
+                    if manner == Manner::AnswersOnce {
+                        state.manner = Manner::Silent;
+                    }
                     let at = (iova - IOVA - PRIVATE) as usize;
                     act(&mut state.bytes[at..][..len as usize]);
                     break Ok(());
@@ -346,6 +351,121 @@ fn test_purge_when_a_write_was_sent_waits_until_it_has_happened() {
         );
     });
     assert_eq!(rig.finish(0), Status::IDLE);
+}
+
+/// The thread that takes the store of a TGH counts as no engine: if it is held up after its look at the write, the engine
+/// that hears of the answer finds nothing to finish.
+#[test]
+fn test_purge_when_its_write_is_answered_before_it_is_owed_completes() {
+    let (rig, client) = rig(one_engine(Doorbell::Trap));
+    client.behave(Manner::Silent);
+    rig.issue(0, store(VA + 8));
+    wait_until_asked(&rig, &client, (0, 1));
+    let hardware = &rig.gru.hardware;
+    let chiplet = &hardware.chiplets[0];
+    let owed = hardware.owed.lock();
+    std::thread::scope(|scope| {
+        let (send, receive) = std::sync::mpsc::channel();
+        let on_thread = &rig;
+        scope.spawn(move || {
+            send.send(rustix::thread::gettid()).unwrap();
+            on_thread.purge_send(3, ASID, VA, 1);
+        });
+        let thread = receive.recv().unwrap();
+        rig.until("a purge that waits for the list", || {
+            let stat = format!("/proc/self/task/{}/stat", thread.as_raw_nonzero());
+            let sleeps = std::fs::read_to_string(stat).unwrap().contains(") S ");
+            (sleeps && chiplet.atc.stats().active_purges == 1).then_some(())
+        });
+        client.behave(Manner::Answers);
+        rig.until("an engine that has looked", || {
+            let gone = rig.istatus(0) == Status::IDLE && chiplet.contexts[0].is_quiet();
+            (gone && hardware.wake.asleep() == 1).then_some(())
+        });
+        drop(owed);
+    });
+    rig.until("the purge", || {
+        (rig.tgh(3).status() == HandleStatus::IDLE).then_some(())
+    });
+}
+
+/// All engines sleep, and the courier goes on waiting, for something else.
+#[test]
+fn test_purge_when_its_write_is_answered_and_the_next_of_the_step_is_not_completes() {
+    in_all_modes(|doorbell| {
+        let (rig, client) = rig(one_engine(doorbell));
+        // Both translations are there.
+        for page in 0..2 {
+            rig.run_ok(0, store(VA + page * PAGE));
+        }
+        client.behave(Manner::Silent);
+        // One step, two requests.
+        rig.issue(0, Instruction::vset(VA, 5, XType::DWORD, 2, 512));
+        wait_until_asked(&rig, &client, (0, 3));
+        rig.purge_send(3, ASID, VA, 1);
+        rig.until("a purge that waits for the client", || {
+            (rig.gru.hardware.owed.lock().len() == 1 && rig.gru.hardware.wake.asleep() == 1).then_some(())
+        });
+        client.behave(Manner::AnswersOnce);
+        rig.until("the purge", || {
+            (rig.tgh(3).status() == HandleStatus::IDLE).then_some(())
+        });
+        assert_eq!(rig.istatus(0), Status::ACTIVE, "the second is not answered");
+        client.behave(Manner::Answers);
+        assert_eq!(rig.finish(0), Status::IDLE);
+        assert_eq!(client.bytes(PAGE, 8), 5u64.to_le_bytes());
+    });
+}
+
+#[test]
+fn test_reset_when_a_purge_waits_for_a_write_ends_both_and_gives_the_handle_back() {
+    in_all_modes(|doorbell| {
+        let (rig, client) = rig(one_engine(doorbell));
+        client.behave(Manner::Silent);
+        rig.issue(0, store(VA + 8));
+        wait_until_asked(&rig, &client, (0, 1));
+        // In trap mode this thread executes it, and is not kept.
+        rig.purge_send(3, ASID, VA, 1);
+        let owed = || rig.gru.hardware.owed.lock().len();
+        rig.until("a purge that waits for the client", || {
+            (owed() == 1).then_some(())
+        });
+        assert_eq!(rig.tgh(3).status(), HandleStatus::ACTIVE);
+        {
+            // As a function does: what the client has been asked for ends.
+            let _quiet = rig.dma.quiet();
+            rig.gru.reset();
+        }
+        assert_eq!((owed(), client.lock().open.len()), (0, 0));
+        assert_eq!(rig.gru.atc(0).unwrap().stats().active_purges, 0);
+        assert_eq!(rig.tgh(3).status(), HandleStatus::IDLE);
+        client.behave(Manner::Answers);
+        rig.start(Mode::FaultMap);
+        rig.run_ok(0, load(VA + 8));
+        rig.purge(3, ASID, VA, 1);
+        rig.run_ok(0, load(VA + 8));
+    });
+}
+
+/// A courier is inside a context for a moment whenever it looks for work, and nobody knows of it.
+#[test]
+fn test_interrupt_when_a_courier_leaves_after_all_engines_have_looked_completes() {
+    let (rig, _client) = rig(one_engine(Doorbell::Bell));
+    let hardware = &rig.gru.hardware;
+    let asleep = |what, parks| {
+        rig.until(what, || {
+            let parked = hardware.wake.parks.load(Ordering::Relaxed) > parks;
+            (parked && hardware.wake.asleep() == 1).then_some(())
+        });
+    };
+    asleep("an engine without work", 0);
+    let visit = hardware.visit(&hardware.chiplets[0].contexts[0]).unwrap();
+    let parks = hardware.wake.parks.load(Ordering::Relaxed);
+    rig.cch_send(0, rig.cch(0).with_opc(cch::Opc::INTERRUPT));
+    asleep("an engine that has looked", parks);
+    assert_eq!(rig.cch(0).status(), HandleStatus::ACTIVE);
+    drop(visit);
+    rig.cch_wait(0).unwrap();
 }
 
 #[test]
