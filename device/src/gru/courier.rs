@@ -9,6 +9,7 @@
 //!
 //! There are few of them, as they wait for one and the same client.
 
+use std::cell::Cell;
 use std::ops::Deref;
 use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -65,9 +66,21 @@ impl Couriers {
     }
 }
 
+thread_local! {
+    /// This thread is a courier.
+    static COURIER: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether the calling thread is a courier: it does not count as awake, so it has nothing to hand over when it is held
+/// up.
+pub(super) fn is_caller() -> bool {
+    COURIER.get()
+}
+
 /// Body of a courier's thread.
 pub(super) fn run(hardware: &Arc<Hardware>, mut bench: Bench) {
     let _vital = Vital;
+    COURIER.set(true);
     let mut heard = 0;
     while hardware.couriers.wait(&mut heard) {
         while hardware.deliver(&mut bench) {}

@@ -278,7 +278,9 @@ impl Gru {
         let on_park = {
             let wake = Arc::clone(&wake);
             Box::new(move |begins: bool| {
-                if begins {
+                if courier::is_caller() {
+                    // It was not counted as awake: who stores meanwhile rings.
+                } else if begins {
                     wake.hand_over(|| true)
                 } else {
                     wake.enter()

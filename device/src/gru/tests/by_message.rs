@@ -255,6 +255,21 @@ fn test_loads_stores_and_copies_when_memory_has_no_file_ask_the_client() {
 }
 
 #[test]
+fn test_courier_when_the_fault_plan_parks_it_inside_an_access_counts_as_nobody() {
+    in_all_modes(|doorbell| {
+        let (rig, client) = rig(GruConfig {
+            faults: "drain-delay=1,limit-ms=20,margin-ms=1".parse().unwrap(),
+            ..config(doorbell)
+        });
+        let bytes = client.bytes(0, 300);
+        // From private memory, so a courier copies; into mapped memory, so it has guards to be parked in.
+        rig.run_ok(0, Instruction::bcopy(VA, FILE, 0, 4, XType::BYTE, 300));
+        assert!(rig.bytes(0, 300) == bytes);
+        assert!(rig.gru.stats().faults.engines_parked > 0);
+    });
+}
+
+#[test]
 fn test_unmapped_mode_when_memory_has_no_file_asks_the_client() {
     let (rig, client) = rig(config(Doorbell::Trap));
     rig.cch_do(0, cch::Opc::INTERRUPT).unwrap();
