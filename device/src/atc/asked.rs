@@ -41,9 +41,8 @@ impl Asked {
 
 /// What is found when an access is put on the list.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Found {
+pub(super) struct Listed {
     pub(super) iova: u64,
-    pub(super) page_left: u64,
     pub(super) tag: u64,
 }
 
@@ -56,7 +55,7 @@ impl Core {
         va: u64,
         len: u64,
         write: bool,
-    ) -> Result<Option<(Found, u64)>, Miss> {
+    ) -> Result<Option<(Listed, u64)>, Miss> {
         self.with_state(|state| {
             let entry = self.entry_of(state, space, va).ok_or(Miss::NoEntry)?;
             if write && !entry.writable {
@@ -82,7 +81,7 @@ impl Core {
             });
             assert!(before.is_none(), "an engine asks for one thing at a time");
             let tag = entry.tag;
-            Ok(Some((Found { iova, page_left, tag }, len)))
+            Ok(Some((Listed { iova, tag }, len)))
         })
     }
 

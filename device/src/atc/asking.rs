@@ -46,7 +46,6 @@ impl Engine {
                     engine: self,
                     iova: found.iova,
                     len,
-                    page_left: found.page_left,
                     tag: found.tag,
                 }));
             }
@@ -61,7 +60,6 @@ pub struct Asking<'e> {
     engine: &'e mut Engine,
     iova: u64,
     len: u64,
-    page_left: u64,
     tag: u64,
 }
 
@@ -82,12 +80,6 @@ impl Asking<'_> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
-    }
-
-    /// Bytes to the end of the entry's page.
-    #[must_use]
-    pub fn page_left(&self) -> u64 {
-        self.page_left
     }
 
     /// Generation that software gave to the translation.
@@ -112,9 +104,24 @@ impl Asking<'_> {
     }
 }
 
+impl Asking<'_> {
+    /// Give it back. Whether a purge has met it, which may wait for this: one step, as a purge that began between a look
+    /// and the end would wait for somebody who had not seen it.
+    #[must_use]
+    pub fn end(self) -> bool {
+        self.leave()
+    }
+
+    fn leave(&self) -> bool {
+        let slot = self.engine.slot;
+        let listed = self.engine.atc.core.with_state(|state| state.asked[slot].take());
+        listed.is_some_and(|asked| asked.purged)
+    }
+}
+
 impl Drop for Asking<'_> {
     fn drop(&mut self) {
-        let slot = self.engine.slot;
-        self.engine.atc.core.with_state(|state| state.asked[slot] = None);
+        // (After `end` there is nothing left to give back.)
+        self.leave();
     }
 }

@@ -90,8 +90,7 @@ impl Message<'_> {
 impl Drop for Message<'_> {
     /// A step can make many requests, and the flush that has met this one waits for no other.
     fn drop(&mut self) {
-        if self.is_purged() {
-            self.asking = None;
+        if self.asking.take().is_some_and(Asking::end) {
             self.waiting.wake.ring();
         }
     }
