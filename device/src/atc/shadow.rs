@@ -240,10 +240,14 @@ impl Shadow {
         met
     }
 
-    fn line(&self, number: u64) -> Option<&Line> {
+    /// Where a purge is in the list, unless it is no longer remembered.
+    fn place_of(&self, number: u64) -> Option<usize> {
         let first = self.purges.front()?.number;
-        let index = usize::try_from(number.checked_sub(first)?).ok()?;
-        self.purges.get(index)
+        usize::try_from(number.checked_sub(first)?).ok()
+    }
+
+    fn line(&self, number: u64) -> Option<&Line> {
+        self.purges.get(self.place_of(number)?)
     }
 
     // ---- purges ----
@@ -327,11 +331,7 @@ impl Shadow {
     pub(super) fn finished(&mut self, number: u64) {
         let finished = self.event();
         self.running.retain(|&running| running != number);
-        let first = self.purges.front().map_or(0, |oldest| oldest.number);
-        let index = number
-            .checked_sub(first)
-            .and_then(|index| usize::try_from(index).ok());
-        if let Some(line) = index.and_then(|index| self.purges.get_mut(index)) {
+        if let Some(line) = self.place_of(number).and_then(|at| self.purges.get_mut(at)) {
             line.finished = Some(finished);
         }
     }

@@ -295,16 +295,21 @@ impl Hardware {
         }
     }
 
+    /// The ASID that a context's CCH names for a region, whatever the context has loaded.
+    pub(super) fn asid_in_cch(&self, chiplet: &Chiplet, number: usize, region: usize) -> u32 {
+        let pair = self
+            .memory
+            .word(chiplet.cch(number) + cch::ASID + region as u64 / 2 * 8)
+            .load(Ordering::Acquire);
+        (pair >> (region % 2 * 32)) as u32 & 0xff_ffff
+    }
+
     fn load_registers(&self, chiplet: &Chiplet, number: usize, command: Control) {
         let (context, base) = (&chiplet.contexts[number], chiplet.cch(number));
         context.control.store(command.into_bits(), Ordering::Relaxed);
         let stale = self.injector.strikes(Injection::StaleAsid).is_some();
         for region in 0..cch::REGIONS {
-            let pair = self
-                .memory
-                .word(base + cch::ASID + region as u64 / 2 * 8)
-                .load(Ordering::Acquire);
-            let asid = (pair >> (region % 2 * 32)) as u32 & 0xff_ffff;
+            let asid = self.asid_in_cch(chiplet, number, region);
             if !stale {
                 context.asid[region].store(asid, Ordering::Relaxed);
             }

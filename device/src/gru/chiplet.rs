@@ -67,8 +67,9 @@ impl CbrState {
 /// restore by software); here is only what has no place there.
 #[derive(Debug)]
 pub(super) struct Cbr {
-    /// Taken with `try_lock` only: who does not get it leaves the work to the next look, so no engine and
-    /// no connection ever sleeps on another's chunk. Leaf lock.
+    /// Engines and connections take it with `try_lock` only: who does not get it leaves the work to the next look, so none
+    /// of them ever sleeps on another's chunk. A courier holds it while it waits for the client, and takes what the ATC
+    /// and DMA take under it.
     pub(super) state: Mutex<CbrState>,
     /// Changed only under `state`; read without it to skip quickly.
     phase: AtomicU8,

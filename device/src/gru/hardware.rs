@@ -45,7 +45,8 @@ pub(super) struct Hardware {
     pub(super) parking: Option<Arc<Parking>>,
     pub(super) trapped: Trapped,
     pub(super) counters: Counters,
-    /// Engines hold it for reading while they look and work; a reset takes it for writing.
+    /// Engines, couriers (also while they wait for the client: a reset ends that first) and connections that execute a TGH
+    /// hold it for reading; a reset takes it for writing.
     pub(super) quiesce: RwLock<()>,
     /// Engines are to end their look after the step they are at.
     pub(super) pausing: AtomicBool,

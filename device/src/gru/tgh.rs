@@ -1,6 +1,8 @@
 //! TLB flush handles (reference section 4): kill, clear, drain, and only then idle.
 //!
-//! Any engine executes any TGH, between chunks and never under a guard. Nothing on the way sleeps or allocates.
+//! Any engine executes any TGH, between chunks and never under a guard, and so does the thread that takes its store or
+//! ring from the client. Nothing on the way sleeps or allocates, but where the client is asked for memory: a purge that
+//! meets such an access takes the locks of those that wait for the client, under which an answer is copied.
 //! Two TGHs that purge the same context at once are independent: each waits for its own drain. One that meets a write
 //! which the client has been sent (memory without a file) stays ACTIVE until that is answered, and holds up nobody.
 //!
@@ -68,11 +70,20 @@ pub(super) struct Owed {
 }
 
 /// All of them: at most one for each handle.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Owing {
-    /// Leaf lock, but for the ATC's.
+    /// Leaf lock, but for the ATC's. Room for all of them: a flush allocates nothing.
     list: Mutex<Vec<Owed>>,
     count: AtomicUsize,
+}
+
+impl Default for Owing {
+    fn default() -> Self {
+        Self {
+            list: Mutex::new(Vec::with_capacity(map::CHIPLETS * map::TGHS)),
+            count: AtomicUsize::new(0),
+        }
+    }
 }
 
 impl Owing {
@@ -115,8 +126,9 @@ impl Hardware {
         worked
     }
 
-    /// Whether a TGH waits for an engine. One that an engine has claimed does not: that engine looks again before it
-    /// sleeps, and others must not take the CPU from the access that its drain waits for.
+    /// Whether a TGH waits for an engine. One that is claimed does not: whoever has claimed it looks again before it goes
+    /// to sleep or on to something else, or has left it to [`Hardware::tgh_settle`]; and others must not take the CPU from the
+    /// access that its drain waits for.
     pub(super) fn tgh_waiting(&self, chiplet: &Chiplet) -> bool {
         // Whoever has just given a claim back sees the next command, or its writer's engine sees no claim.
         fence(Ordering::SeqCst);

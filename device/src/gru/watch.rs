@@ -20,12 +20,8 @@ impl Hardware {
         if !chiplet.atc.is_sanitized() {
             return;
         }
-        let base = chiplet.cch(number) + cch::ASID;
-        let spaces: Vec<SpaceId> = (0..cch::REGIONS as u64)
-            .map(|region| {
-                let pair = self.memory.word(base + region / 2 * 8).load(Ordering::Acquire);
-                SpaceId((pair >> (region % 2 * 32)) & 0xff_ffff)
-            })
+        let spaces: Vec<SpaceId> = (0..cch::REGIONS)
+            .map(|region| SpaceId(self.asid_in_cch(chiplet, number, region).into()))
             .collect();
         chiplet.atc.holds(number, &spaces);
     }
