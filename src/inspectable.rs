@@ -2,20 +2,17 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
+use host::daemon::Listener;
 use protos::bridge::control::{MAX_PACKET, Reply, Request};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect,
-    listen, recv, send, socket_with,
-};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 use serde_json::Value;
 
 use crate::stop::Stop;
@@ -23,11 +20,11 @@ use crate::stop::Stop;
 /// How long one who asks may take.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Answers while it lives.
+/// Answers until it is stopped. Dropping it waits for that, and takes the socket's file away.
 #[derive(Debug)]
 pub struct Inspectable {
-    path: PathBuf,
-    file: (u64, u64),
+    thread: Option<JoinHandle<()>>,
+    stop: Stop,
 }
 
 impl Inspectable {
@@ -36,82 +33,59 @@ impl Inspectable {
     /// # Errors
     /// Somebody else answers there, it is not a socket, or the system's reason.
     pub fn start(path: &Path, stop: &Stop, state: impl Fn() -> Value + Send + 'static) -> Result<Self> {
-        let shown = path.display();
-        let address = SocketAddrUnix::new(path)
-            .with_context(|| format!("{shown} is too long for a socket's path (107 bytes)"))?;
-        remove_dead(path, &address)?;
-        let socket = seqpacket()?;
-        bind(&socket, &address).with_context(|| format!("cannot listen at {shown}"))?;
-        // Nobody can connect before listen().
-        rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR).with_context(|| format!("chmod 0600 {shown}"))?;
-        listen(&socket, 8).with_context(|| format!("cannot listen at {shown}"))?;
-        let meta = std::fs::symlink_metadata(path).with_context(|| format!("{shown}"))?;
+        let listener = Listener::bind(path)?;
         let until = stop.clone();
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("inspectable".into())
-            .spawn(move || {
-                while !until.requested() {
-                    let mut fds = [
-                        PollFd::new(&socket, PollFlags::IN),
-                        PollFd::from_borrowed_fd(until.as_fd(), PollFlags::IN),
-                    ];
-                    // An interrupted poll is just another look.
-                    let _ = poll(&mut fds, None);
-                    match accept_with(&socket, SocketFlags::CLOEXEC) {
-                        Ok(peer) => {
-                            if let Err(error) = answer(&peer, &state) {
-                                tracing::debug!(%error, "somebody who inspects");
-                            }
-                        }
-                        Err(Errno::WOULDBLOCK | Errno::INTR | Errno::CONNABORTED) => {}
-                        Err(error) => {
-                            tracing::warn!(%error, "no more inspection");
-                            return;
-                        }
-                    }
-                }
-            })
+            .spawn(move || serve(&listener, &until, &state))
             .context("a thread for inspection")?;
         Ok(Self {
-            path: path.to_owned(),
-            file: (meta.dev(), meta.ino()),
+            thread: Some(thread),
+            stop: stop.clone(),
         })
     }
 }
 
 impl Drop for Inspectable {
     fn drop(&mut self) {
-        let ours = std::fs::symlink_metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == self.file);
-        if ours && let Err(error) = std::fs::remove_file(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "the inspection socket's file stays behind");
+        self.stop.request();
+        if let Some(thread) = self.thread.take() {
+            // (A panic of it has been reported.)
+            let _ = thread.join();
         }
     }
 }
 
-fn seqpacket() -> Result<OwnedFd> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).context("cannot create a socket")
+fn serve(listener: &Listener, until: &Stop, state: &impl Fn() -> Value) {
+    while !until.requested() {
+        let mut fds = [
+            PollFd::new(listener, PollFlags::IN),
+            PollFd::from_borrowed_fd(until.as_fd(), PollFlags::IN),
+        ];
+        // An interrupted poll is just another look.
+        let _ = poll(&mut fds, None);
+        match listener.accept() {
+            Ok(peer) => {
+                if let Err(error) = answer(&peer, state) {
+                    tracing::debug!(%error, "somebody who inspects");
+                }
+            }
+            Err(error) if is_passing(&error) => {}
+            Err(error) => {
+                tracing::warn!(%error, "no more inspection");
+                return;
+            }
+        }
+    }
 }
 
-/// A process that is dead leaves its file behind.
-fn remove_dead(path: &Path, address: &SocketAddrUnix) -> Result<()> {
-    let shown = path.display();
-    match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).with_context(|| format!("{shown}")),
-        Ok(meta) if !meta.file_type().is_socket() => bail!("{shown} is there and is no socket: name another"),
-        Ok(_) => {}
-    }
-    match connect(&seqpacket()?, address) {
-        Err(Errno::CONNREFUSED) => {
-            std::fs::remove_file(path).with_context(|| format!("cannot remove the dead socket {shown}"))
-        }
-        Err(Errno::NOENT) => Ok(()),
-        _ => bail!("somebody answers at {shown} already: name another"),
-    }
+fn is_passing(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
+    matches!(error.kind(), WouldBlock | Interrupted | ConnectionAborted)
 }
 
 fn answer(peer: &OwnedFd, state: &impl Fn() -> Value) -> Result<()> {
+    rustix::io::ioctl_fionbio(peer, false).context("FIONBIO")?;
     // One at a time: who does not ask must not keep the others waiting.
     set_socket_timeout(peer, Timeout::Recv, Some(PATIENCE)).context("SO_RCVTIMEO")?;
     set_socket_timeout(peer, Timeout::Send, Some(PATIENCE)).context("SO_SNDTIMEO")?;
@@ -168,7 +142,7 @@ mod tests {
         let device = Inspectable::start(&path, &stop, || json!({"model": "gru"})).unwrap();
         assert_eq!(daemon_stats(&path).unwrap()["model"], "gru");
         let twice = Inspectable::start(&path, &stop, || Value::Null).unwrap_err();
-        assert!(format!("{twice:#}").contains("already"), "{twice:#}");
+        assert!(format!("{twice:#}").contains("listens there"), "{twice:#}");
         stop.request();
         drop(device);
         assert!(!path.exists());

@@ -1,4 +1,5 @@
-//! The control socket: made safely, and found again only by those who may.
+//! A socket for control messages (the daemon's, or that a device is inspected by): made safely, and found again only by
+//! those who may.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -142,8 +143,8 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), String> {
         // A full backlog is a live daemon too.
         Ok(()) | Err(rustix::io::Errno::AGAIN) => {
             let who = socket_peercred(&probe).map_or_else(
-                |_| String::from("another daemon"),
-                |cred| format!("another daemon (pid {})", cred.pid.as_raw_pid()),
+                |_| String::from("another process"),
+                |cred| format!("another process (pid {})", cred.pid.as_raw_pid()),
             );
             Err(format!("{who} listens there; stop it or choose another path"))
         }

@@ -11,6 +11,7 @@ mod reclaim;
 mod serve;
 
 pub use self::core::{Core, Options};
+pub use self::listener::Listener;
 pub use config::{DEFAULT_FENCE_TIMEOUT, HostConfig, Ready, ReadyCallback, ReclaimConfig, Stop, StopHandle};
 
 use std::io;
@@ -24,7 +25,6 @@ use driver::vfio::VfioDevice;
 use driver::vfio_user::VfioUserClient;
 
 use self::device_fence::DeviceFence;
-use self::listener::Listener;
 use self::reclaim::ReclaimThread;
 use self::serve::Ending;
 use crate::fence::Fence;
