@@ -323,11 +323,12 @@ pub struct DeviceArgs {
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
 Without --kernel: Debian's stock kernel and, for the GRU, its own sgi-gru driver, compiled without a change. The
-first time the lab is made (QEMU, kernel, compiler, from Debian's packages; root is needed once): below target/lab
-of a source tree, else in ~/.cache/tlbridge/lab; TLBRIDGE_LAB names another place, TLBRIDGE_QEMU another QEMU,
+first time the lab is made (QEMU, kernel, compiler, from Debian's packages; any user can): below target/lab of a
+source tree, else in ~/.cache/tlbridge/lab; TLBRIDGE_LAB names another place, TLBRIDGE_QEMU another QEMU,
 TLBRIDGE_ACCEL=kvm|tcg decides what is else found out by booting.
 
-The guest is an initramfs with busybox. COMMAND's output goes to stdout; a first word with a `/` in it that is a
+The guest is an initramfs with busybox (--guest rdma: with RDMA programs, too; --guest debian: COMMAND runs in a root
+image of Debian). COMMAND's output goes to stdout; a first word with a `/` in it that is a
 file here is taken along. Without COMMAND: a shell on this terminal, which Ctrl-A x ends.
 
 Exit codes: COMMAND's own; 123 the device's sanitizer has found something, 124 after --timeout, 125 the guest did
@@ -716,7 +717,7 @@ pub struct ConformanceArgs {
 Example:
   tlbridge inspect /tmp/d/host.sock --json | jq .")]
 pub struct InspectArgs {
-    /// The host daemon's socket.
+    /// The host daemon's socket, or the one that a device was given with --inspect.
     #[arg(value_name = "PATH")]
     pub path: PathBuf,
     /// Print one JSON object.
