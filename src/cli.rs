@@ -282,14 +282,14 @@ pub struct DeviceArgs {
     /// How long error replies to register accesses, DMA_UNMAP and GET_IRQ_INFO are.
     #[arg(long, value_enum, value_name = "LENGTH", default_value_t = ErrorReplyLength::Auto)]
     pub error_replies: ErrorReplyLength,
-    /// For experiments: leave a check out, and open the window in which that shows.
+    /// For experiments (GRU only): leave a check out, and open the window in which that shows.
     #[arg(long = "break", value_enum, value_name = "CHECK", conflicts_with = "delay")]
     pub break_check: Option<DeviceFault>,
-    /// For experiments: open the window of a check, with the check on.
+    /// For experiments (GRU only): open the window of a check, with the check on.
     #[arg(long, value_enum, value_name = "CHECK")]
     pub delay: Option<DeviceFault>,
-    /// A sanitizer looks on: what breaks a promise is reported on stderr, and in the exit code (docs/sanitizer.md). As
-    /// does TLBRIDGE_SANITIZE=1 in the environment.
+    /// GRU only: a sanitizer looks on; what breaks a promise is reported on stderr, and in the exit code
+    /// (docs/sanitizer.md). As does TLBRIDGE_SANITIZE=1 in the environment.
     #[arg(long)]
     pub sanitize: bool,
     /// At the end: the sanitizer's findings as one JSON object on stdout (null without one).
@@ -323,11 +323,12 @@ pub struct DeviceArgs {
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
 Without --kernel: Debian's stock kernel and, for the GRU, its own sgi-gru driver, compiled without a change. The
-first time the lab is made (QEMU, kernel, compiler, from Debian's packages; root is needed once): below target/lab
-of a source tree, else in ~/.cache/tlbridge/lab; TLBRIDGE_LAB names another place, TLBRIDGE_QEMU another QEMU,
+first time the lab is made (QEMU, kernel, compiler, from Debian's packages; any user can): below target/lab of a
+source tree, else in ~/.cache/tlbridge/lab; TLBRIDGE_LAB names another place, TLBRIDGE_QEMU another QEMU,
 TLBRIDGE_ACCEL=kvm|tcg decides what is else found out by booting.
 
-The guest is an initramfs with busybox. COMMAND's output goes to stdout; a first word with a `/` in it that is a
+The guest is an initramfs with busybox (--guest rdma: with RDMA programs, too; --guest debian: COMMAND runs in a root
+image of Debian). COMMAND's output goes to stdout; a first word with a `/` in it that is a
 file here is taken along. Without COMMAND: a shell on this terminal, which Ctrl-A x ends.
 
 Exit codes: COMMAND's own; 123 the device's sanitizer has found something, 124 after --timeout, 125 the guest did
@@ -350,7 +351,7 @@ pub struct VmArgs {
     /// Attach a device that is served already: its vfio-user socket (repeatable).
     #[arg(long, value_name = "SOCKET")]
     pub device: Vec<PathBuf>,
-    /// How the device learns of a store (default: trap).
+    /// How the device learns of a store (GRU only; default: trap).
     #[arg(long, value_enum, requires = "model")]
     pub doorbell: Option<Doorbell>,
     /// An argument for `tlbridge device` (repeatable), as in --device-arg=--engines=4.
@@ -404,7 +405,7 @@ pub struct VmArgs {
     /// Wait before the kernel's first instruction until the debugger says `continue`.
     #[arg(long, requires = "gdb")]
     pub gdb_wait: bool,
-    /// The device's sanitizer looks on (docs/sanitizer.md).
+    /// The device's sanitizer looks on (GRU only; docs/sanitizer.md).
     #[arg(long, requires = "model")]
     pub sanitize: bool,
     /// Say at the end, on stderr, what the device has counted.
@@ -716,7 +717,7 @@ pub struct ConformanceArgs {
 Example:
   tlbridge inspect /tmp/d/host.sock --json | jq .")]
 pub struct InspectArgs {
-    /// The host daemon's socket.
+    /// The host daemon's socket, or the one that a device was given with --inspect.
     #[arg(value_name = "PATH")]
     pub path: PathBuf,
     /// Print one JSON object.

@@ -14,7 +14,7 @@ use ::device::mlx5::{FunctionKind, Mlx5, Mlx5Config};
 use ::device::model::Model;
 use ::device::pci::Function;
 use ::device::server::{ErrorReplies, Server, ServerOptions, StopFd};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::cli::{DeviceArgs, DeviceFault, Doorbell, ErrorReplyLength, HcaFunction, ModelName};
@@ -131,8 +131,17 @@ pub fn run(args: &DeviceArgs, out: &mut impl Write) -> Result<ExitCode> {
 }
 
 /// # Errors
-/// The fabric cannot be opened.
+/// An option that only the GRU has; the fabric cannot be opened.
 fn hca_config(args: &DeviceArgs) -> Result<Mlx5Config> {
+    // Left aside, they would let a run pass that has looked at nothing.
+    for (given, option) in [
+        (args.sanitize, "--sanitize"),
+        (args.break_check.is_some(), "--break"),
+        (args.delay.is_some(), "--delay"),
+        (args.gru.faults.is_some(), "--faults"),
+    ] {
+        ensure!(!given, "{}", only_gru(option));
+    }
     let node_guid = args.node_guid.unwrap_or_else(|| {
         let mut hasher = DefaultHasher::new();
         std::path::absolute(&args.socket)
@@ -151,6 +160,11 @@ fn hca_config(args: &DeviceArgs) -> Result<Mlx5Config> {
         },
         workers: args.workers as usize,
     })
+}
+
+/// What is said to somebody who gives the HCA an option of the GRU.
+pub fn only_gru(option: &str) -> String {
+    format!("{option} is for --model gru: the mlx5 HCA has nothing that it could act on; leave it out")
 }
 
 /// The vendor's part of a GUID.
@@ -193,4 +207,37 @@ fn config(args: &DeviceArgs) -> GruConfig {
     };
     args.gru.apply(&mut config);
     config
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    fn hca(more: &[&str]) -> Result<Mlx5Config> {
+        let words = [&["tlbridge", "device", "--model", "mlx5", "--socket", "x"], more].concat();
+        match crate::cli::Cli::try_parse_from(words)?.command {
+            Some(crate::cli::Command::Device(args)) => hca_config(&args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn test_hca_when_an_option_of_the_gru_is_given_is_refused_by_its_name() {
+        assert!(hca(&[]).is_ok());
+        for (option, value) in [
+            ("--sanitize", None),
+            ("--break", Some("drain")),
+            ("--delay", Some("kill-bit")),
+            ("--faults", Some("drain-delay=1")),
+        ] {
+            let words: Vec<&str> = [option].into_iter().chain(value).collect();
+            let why = hca(&words).err().map(|error| format!("{error:#}"));
+            assert!(
+                why.as_deref()
+                    .is_some_and(|why| why.starts_with(&format!("{option} is for --model gru"))),
+                "{option}: {why:?}"
+            );
+        }
+    }
 }

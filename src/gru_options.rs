@@ -33,8 +33,8 @@ pub struct GruOptions {
     /// What BSTORE stores: the data segment at tri0, or memory at baddr0.
     #[arg(long, value_enum, default_value_t = Source::Segment)]
     pub bstore_source: Source,
-    /// For experiments: what goes wrong, every how many occasions. Words: dropin-delay, drain-delay, early-completion,
-    /// lost-interrupt, duplicate-fault, delayed-restart, wrong-status, stale-asid, miss-cause, execution-error,
+    /// For experiments (GRU only): what goes wrong, every how many occasions. Words: dropin-delay, drain-delay,
+    /// early-completion, lost-interrupt, duplicate-fault, delayed-restart, wrong-status, stale-asid, miss-cause, execution-error,
     /// lb-overflow, amo-nack, put-nack; and seed, limit-ms, margin-ms.
     #[arg(long, value_name = "WORD[=N],...", help_heading = "Experiments", conflicts_with_all = ["break_check", "delay"])]
     pub faults: Option<FaultPlan>,

@@ -308,8 +308,8 @@ fn dependencies(record: &str) -> Vec<String> {
         .collect()
 }
 
-/// drivers/misc/sgi-gru out of the package with the kernel's sources, of which nothing else stays. Into
-/// `/usr/src/sgi-gru`, which is not there if this kernel has no such driver.
+/// drivers/misc/sgi-gru out of the package with the kernel's sources, of which nothing else stays. Into the tree's
+/// `usr/src/sgi-gru`.
 fn extract_gru(lab: &Lab, tree: &Tree, tools: &Tree, apt: &Apt, version: &str) -> Result<()> {
     let mut numbers = version.split('.');
     let (Some(major), Some(minor)) = (numbers.next(), numbers.next()) else {

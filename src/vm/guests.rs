@@ -16,6 +16,7 @@ use tempfile::TempDir;
 use super::NO_GUEST;
 use crate::cli::{Doorbell, VmArgs, VmModel};
 use crate::demo::{ANSWER_LIMIT, args, name};
+use crate::device::only_gru;
 use crate::inspect::print_text;
 use crate::sanitizer;
 use crate::stop::Stop;
@@ -50,6 +51,11 @@ pub(super) fn prepare(
         count == 1 || (args.gdb.is_none() && !args.terminal && !args.command.is_empty()),
         "--guests {count} takes a COMMAND, and neither --terminal nor --gdb"
     );
+    if args.model == Some(VmModel::Mlx5) {
+        // The device would say so of --sanitize as well; here nothing has been started.
+        ensure!(!args.sanitize, "{}", only_gru("--sanitize"));
+        ensure!(args.doorbell.is_none(), "{}", only_gru("--doorbell"));
+    }
     let each = args.device.len() / count;
     (0..args.guests)
         .map(|index| {
@@ -331,7 +337,8 @@ fn stats(name: &str, device: &mut Service, show: bool) -> Result<u64> {
 fn device_args(args: &VmArgs) -> Vec<OsString> {
     let mut all = Vec::new();
     let says = |argument: &OsString| argument.to_string_lossy().starts_with("--doorbell");
-    if args.doorbell.is_some() || !args.device_arg.iter().any(says) {
+    let gru = args.model == Some(VmModel::Gru);
+    if gru && (args.doorbell.is_some() || !args.device_arg.iter().any(says)) {
         // Strict: a guest's driver need not know of doorbells, and its register writes are posted.
         all.extend(args!["--doorbell", name(args.doorbell.unwrap_or(Doorbell::Trap))]);
     }
@@ -374,8 +381,8 @@ mod tests {
     #[test]
     fn test_device_when_nothing_is_said_about_doorbells_traps_every_access() {
         use clap::Parser;
-        let of = |more: &[&str]| -> Vec<String> {
-            let words = [&["tlbridge", "vm", "--model", "gru"], more].concat();
+        let of = |model: &str, more: &[&str]| -> Vec<String> {
+            let words = [&["tlbridge", "vm", "--model", model], more].concat();
             match crate::cli::Cli::try_parse_from(words).unwrap().command {
                 Some(crate::cli::Command::Vm(args)) => device_args(&args)
                     .into_iter()
@@ -384,13 +391,16 @@ mod tests {
                 other => panic!("{other:?}"),
             }
         };
-        assert_eq!(of(&[]), ["--doorbell", "trap"]);
+        assert_eq!(of("gru", &[]), ["--doorbell", "trap"]);
         assert_eq!(
-            of(&["--device-arg=--engines=4"]),
+            of("gru", &["--device-arg=--engines=4"]),
             ["--doorbell", "trap", "--engines=4"]
         );
-        assert_eq!(of(&["--doorbell", "poll"]), ["--doorbell", "poll"]);
-        assert_eq!(of(&["--device-arg=--doorbell=bell"]), ["--doorbell=bell"]);
+        assert_eq!(of("gru", &["--doorbell", "poll"]), ["--doorbell", "poll"]);
+        assert_eq!(of("gru", &["--device-arg=--doorbell=bell"]), ["--doorbell=bell"]);
+        // The HCA has none.
+        assert!(of("mlx5", &[]).is_empty());
+        assert_eq!(of("mlx5", &["--device-arg=--workers=4"]), ["--workers=4"]);
     }
 
     #[test]

@@ -4,12 +4,18 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 use crate::gru;
+
+/// A device that says nothing for so long, or does not end in this time, hangs.
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// The `tlbridge` binary: `TLBRIDGE_BIN`, else the one beside the test's own target directory.
 ///
@@ -54,12 +60,52 @@ pub fn missing_capability() -> Option<String> {
     Some("no /dev/userfaultfd and no vm.unprivileged_userfaultfd: this kernel has no userfaultfd".into())
 }
 
-/// A running `tlbridge` with piped output.
+/// A running `tlbridge` with piped output. Killed when dropped, with its children.
 #[derive(Debug)]
 pub struct Tool {
     child: Child,
-    stdout: std::thread::JoinHandle<String>,
-    stderr: std::thread::JoinHandle<String>,
+    stdout: Output,
+    stderr: Output,
+}
+
+/// What a stream has said up to now, and the thread that reads it.
+#[derive(Debug)]
+struct Output {
+    said: Arc<Mutex<Vec<u8>>>,
+    reader: Option<JoinHandle<()>>,
+}
+
+impl Output {
+    fn of(mut stream: impl Read + Send + 'static) -> Self {
+        let said = Arc::new(Mutex::new(Vec::new()));
+        let reader = std::thread::spawn({
+            let said = Arc::clone(&said);
+            move || {
+                let mut part = [0; 4096];
+                while let Ok(length @ 1..) = stream.read(&mut part) {
+                    said.lock()
+                        .expect("nobody panics with it")
+                        .extend_from_slice(&part[..length]);
+                }
+            }
+        });
+        Self {
+            said,
+            reader: Some(reader),
+        }
+    }
+
+    fn now(&self) -> String {
+        String::from_utf8_lossy(&self.said.lock().expect("nobody panics with it")).into_owned()
+    }
+
+    /// All of it: waits until nobody holds the other end.
+    fn whole(&mut self) -> String {
+        if let Some(reader) = self.reader.take() {
+            reader.join().expect("reader");
+        }
+        self.now()
+    }
 }
 
 /// How a run ended.
@@ -114,24 +160,10 @@ impl Tool {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap_or_else(|e| panic!("starting {:?}: {e}", command.get_program()));
-        let (mut out, mut err) = (
-            child.stdout.take().expect("piped"),
-            child.stderr.take().expect("piped"),
-        );
-        let stdout = std::thread::spawn(move || {
-            let mut s = Vec::new();
-            let _ = out.read_to_end(&mut s);
-            String::from_utf8_lossy(&s).into_owned()
-        });
-        let stderr = std::thread::spawn(move || {
-            let mut s = Vec::new();
-            let _ = err.read_to_end(&mut s);
-            String::from_utf8_lossy(&s).into_owned()
-        });
         Self {
+            stdout: Output::of(child.stdout.take().expect("piped")),
+            stderr: Output::of(child.stderr.take().expect("piped")),
             child,
-            stdout,
-            stderr,
         }
     }
 
@@ -160,10 +192,7 @@ impl Tool {
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
-        let (stdout, stderr) = (
-            self.stdout.join().expect("reader"),
-            self.stderr.join().expect("reader"),
-        );
+        let (stdout, stderr) = (self.stdout.whole(), self.stderr.whole());
         match status {
             Some(status) => Some(Ended {
                 status,
@@ -174,6 +203,25 @@ impl Tool {
                 println!("did not end within {limit:?}\nstdout: {stdout}\nstderr: {stderr}");
                 None
             }
+        }
+    }
+
+    /// Waits until this stands on standard error.
+    ///
+    /// # Panics
+    /// When it does not within `limit`, or the tool ends before.
+    pub fn expect_on_stderr(&mut self, text: &str, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        loop {
+            // Before the look at what it has said: an end after that is seen the next time.
+            let ended = self.child.try_wait().expect("waitpid");
+            let said = self.stderr.now();
+            if said.contains(text) {
+                return;
+            }
+            assert!(ended.is_none(), "ended ({ended:?}) without {text:?}: {said}");
+            assert!(Instant::now() < deadline, "no {text:?} within {limit:?}: {said}");
+            std::thread::sleep(Duration::from_millis(2));
         }
     }
 
@@ -195,12 +243,26 @@ impl Tool {
     }
 }
 
-/// A running `tlbridge device`, a GRU. Killed when dropped.
+impl Drop for Tool {
+    fn drop(&mut self) {
+        // Its pid is its own until it has been waited for.
+        if let Ok(None) = self.child.try_wait() {
+            for pid in descendants(self.child.id()) {
+                kill(pid, 9);
+            }
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// A running `tlbridge device`. Killed when dropped.
 #[derive(Debug)]
 pub struct Device {
     child: Child,
     questions: ChildStdin,
-    answers: BufReader<ChildStdout>,
+    /// Lines. A receiver alone would keep other threads from looking at the socket.
+    answers: Mutex<Receiver<String>>,
     socket: PathBuf,
     /// `TLBRIDGE_SANITIZE=1`, and nothing is broken: the sanitizer may find nothing.
     faultless: bool,
@@ -256,13 +318,25 @@ impl Device {
             .spawn()
             .unwrap_or_else(|e| panic!("starting {}: {e}", binary().display()));
         let questions = child.stdin.take().expect("piped");
-        let answers = BufReader::new(child.stdout.take().expect("piped"));
+        let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        let (sender, answers) = channel();
+        // Ends with the device.
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
         let mut device = Self {
             child,
             questions,
-            answers,
+            answers: Mutex::new(answers),
             socket: socket.to_owned(),
-            faultless: gru::sanitizing() && !arguments.iter().any(|argument| breaks(argument)),
+            // The HCA has no sanitizer.
+            faultless: model == "gru"
+                && gru::sanitizing()
+                && !arguments.iter().any(|argument| breaks(argument)),
             _directory: None,
         };
         let ready = device.said("ready");
@@ -273,26 +347,35 @@ impl Device {
     /// What the model has counted, as `tlbridge vm --device-stats` shows it.
     ///
     /// # Panics
-    /// When the device is gone.
+    /// When the device is gone or does not answer.
     pub fn stats(&mut self) -> serde_json::Value {
-        writeln!(self.questions, "stats").expect("the device is gone");
-        self.said("stats")["stats"].take()
+        self.ask()["stats"].take()
     }
 
     /// What its sanitizer has found; null without one.
     ///
     /// # Panics
-    /// When the device is gone.
+    /// When the device is gone or does not answer.
     pub fn findings(&mut self) -> serde_json::Value {
+        self.ask()["sanitizer"].take()
+    }
+
+    fn ask(&mut self) -> serde_json::Value {
         writeln!(self.questions, "stats").expect("the device is gone");
-        self.said("stats")["sanitizer"].take()
+        self.said("stats")
     }
 
     fn said(&mut self, key: &str) -> serde_json::Value {
-        let mut line = String::new();
-        let read = self.answers.read_line(&mut line);
-        let mut object: serde_json::Value = serde_json::from_str(&line)
-            .unwrap_or_else(|e| panic!("the device said {line:?} ({read:?}, {e})"));
+        let answers = self.answers.get_mut().expect("nobody locks it");
+        let line = match answers.recv_timeout(LIMIT) {
+            Ok(line) => line,
+            Err(RecvTimeoutError::Timeout) => panic!("no {key} from the device within {LIMIT:?}"),
+            Err(RecvTimeoutError::Disconnected) => {
+                panic!("the device is gone: {:?}", self.child.try_wait())
+            }
+        };
+        let mut object: serde_json::Value =
+            serde_json::from_str(&line).unwrap_or_else(|e| panic!("the device said {line:?} ({e})"));
         object[key].take()
     }
 
@@ -328,10 +411,17 @@ impl Device {
     /// Asks it to end.
     ///
     /// # Panics
-    /// When it does not end in good order.
+    /// When it does not end in good order, or not at all.
     pub fn end(mut self) {
         kill(self.child.id(), 15);
-        let status = self.child.wait().expect("waitpid");
+        let deadline = Instant::now() + LIMIT;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().expect("waitpid") {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "the device does not end");
+            std::thread::sleep(Duration::from_millis(2));
+        };
         assert!(status.success(), "the device ended with {status}");
     }
 }

@@ -55,15 +55,19 @@ fn complaints(guest: &mut Guest) -> Vec<String> {
         .collect()
 }
 
-/// Both sides of a ping-pong in the guest: the second starts when the first listens on its port, 18515.
-fn pingpong(guest: &mut Guest, program: &str) {
+/// Both sides of a program in the guest: the second starts when the first listens on its port, 18515. Its output.
+fn both_sides(guest: &mut Guest, program: &str) -> String {
     let script = format!(
         "{program} >/tmp/server 2>&1 & server=$!; i=0; \
          while ! grep -q ':4853 .* 0A ' /proc/net/tcp /proc/net/tcp6; do \
          i=$((i+1)); [ $i -lt 200 ] || break; usleep 100000; done; \
          {program} localhost || {{ cat /tmp/server; exit 1; }}; wait $server"
     );
-    let output = run(guest, &script, LONG);
+    run(guest, &script, LONG)
+}
+
+fn pingpong(guest: &mut Guest, program: &str) {
+    let output = both_sides(guest, program);
     assert!(output.contains("iters in"), "{program}: {output}");
 }
 
@@ -102,6 +106,26 @@ fn test_pingpongs_when_run_in_the_guest_verify_their_data() {
     ] {
         pingpong(&mut guest, program);
     }
+    let said = complaints(&mut guest);
+    assert!(said.is_empty(), "{said:#?}");
+    let complaints = guest.power_off().unwrap();
+    assert!(complaints.is_empty(), "{complaints:?}");
+}
+
+#[test]
+fn test_bandwidth_of_writes_when_measured_by_perftest_is_a_number() {
+    let device = Device::mlx5(&[]);
+    let mut guest = hca_guest!("mlx5-perftest", &device);
+    let output = both_sides(&mut guest, "ib_write_bw -d mlx5_0 -F -s 65536 -n 200");
+    // Bytes, iterations, peak, average, messages per microsecond; it does not look at the data, as the ping-pongs do.
+    let row = output
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .find(|row| row.starts_with(&["65536", "200"]))
+        .unwrap_or_else(|| panic!("no row of 200 messages: {output}"));
+    let average: f64 = row[3].parse().unwrap_or_else(|e| panic!("{row:?}: {e}"));
+    assert!(average > 0.0, "{output}");
+    println!("ib_write_bw: {average} MB/s");
     let said = complaints(&mut guest);
     assert!(said.is_empty(), "{said:#?}");
     let complaints = guest.power_off().unwrap();

@@ -118,8 +118,8 @@ fn test_own_tests_of_rdma_core_when_run_in_the_image_pass_on_rxe() {
     spec.disks.push(image);
     let mut guest = Guest::start(&spec, None).unwrap_or_else(|e| panic!("{e}"));
     run(&mut guest, RXE, LONG);
-    // All of them in the soak.
-    let whole = std::env::var_os("TLBRIDGE_ROUNDS").is_some();
+    // All of them in the soak, which sets this for guests.
+    let whole = std::env::var_os("TLBRIDGE_GUEST_ROUNDS").is_some();
     let some = if whole {
         ""
     } else {

@@ -34,7 +34,7 @@ fn boot(rig: &Rig, name: &str, device: &Device) -> Option<Guest> {
     )
 }
 
-/// The classes of what was found, and how often.
+/// The classes of what was found.
 fn classes(findings: &Value) -> BTreeSet<&str> {
     let reports = findings["reports"].as_array().expect("a sanitizer");
     reports

@@ -1,9 +1,8 @@
 //! `tlbridge device --sanitize` as a user runs it: reports, exit codes, `tlbridge inspect`.
 
-use std::io::{BufRead, BufReader, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,56 +15,25 @@ use tests::processes::{Tool, binary, kill};
 
 const SOON: Duration = Duration::from_secs(20);
 
-struct Device {
-    child: Child,
-    stderr: BufReader<std::process::ChildStderr>,
+/// A device with all that a user can ask of it, serving.
+fn start(directory: &Path, arguments: &[&str]) -> Tool {
+    let mut command = Command::new(binary());
+    command
+        .args(["device", "--model", "gru", "--map-tfh", "--json", "--socket"])
+        .arg(directory.join("gru.sock"))
+        .arg("--inspect")
+        .arg(directory.join("inspect.sock"))
+        .args(arguments);
+    let mut device = Tool::start_command(command);
+    device.expect_on_stderr("serving", SOON);
+    device
 }
 
-impl Device {
-    fn start(directory: &Path, arguments: &[&str]) -> Self {
-        let mut child = Command::new(binary())
-            .args(["device", "--model", "gru", "--map-tfh", "--json", "--socket"])
-            .arg(directory.join("gru.sock"))
-            .arg("--inspect")
-            .arg(directory.join("inspect.sock"))
-            .args(arguments)
-            .env("RUST_LOG", "error")
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("start the device");
-        let mut stderr = BufReader::new(child.stderr.take().expect("piped"));
-        let mut line = String::new();
-        stderr.read_line(&mut line).expect("it says that it serves");
-        assert!(line.starts_with("serving"), "{line}");
-        Self { child, stderr }
-    }
-
-    /// Exit code, the object on stdout, what stood on stderr.
-    fn end(mut self) -> (Option<i32>, Value, String) {
-        kill(self.child.id(), 15);
-        let mut stdout = String::new();
-        let mut stderr = String::new();
-        let out = self
-            .child
-            .stdout
-            .take()
-            .expect("piped")
-            .read_to_string(&mut stdout);
-        out.expect("stdout");
-        self.stderr.read_to_string(&mut stderr).expect("stderr");
-        let code = self.child.wait().expect("waitpid").code();
-        let findings = serde_json::from_str(&stdout).unwrap_or_else(|e| panic!("{e}: {stdout}, {stderr}"));
-        (code, findings, stderr)
-    }
-}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+/// Exit code, the object on stdout, what stood on stderr.
+fn end(device: Tool) -> (Option<i32>, Value, String) {
+    kill(device.pid(), 15);
+    let ended = device.wait(SOON).expect("the device ends");
+    (ended.status.code(), ended.json(), ended.stderr)
 }
 
 fn inspect(directory: &Path, json: bool) -> String {
@@ -90,7 +58,7 @@ fn late_dropins(directory: &Path) -> bool {
 #[test]
 fn test_device_when_its_kill_bit_is_broken_ends_with_reports_and_exit_code_4() {
     let directory = tempfile::tempdir().expect("a directory");
-    let device = Device::start(directory.path(), &["--sanitize", "--break", "kill-bit"]);
+    let device = start(directory.path(), &["--sanitize", "--break", "kill-bit"]);
     assert!(
         !late_dropins(directory.path()),
         "the driver's test sees stale data"
@@ -103,7 +71,7 @@ fn test_device_when_its_kill_bit_is_broken_ends_with_reports_and_exit_code_4() {
     assert_eq!(report["class"], "fill-after-kill", "{state:#}");
     assert!(report["entry"]["fill"].is_u64() && report["purges"][0]["purge"].is_u64());
 
-    let (code, findings, stderr) = device.end();
+    let (code, findings, stderr) = end(device);
     assert_eq!(code, Some(4), "{stderr}");
     let defects = findings["defects"].as_u64().expect("a number");
     assert!(defects > 0);
@@ -122,9 +90,9 @@ fn test_device_when_its_kill_bit_is_broken_ends_with_reports_and_exit_code_4() {
 #[test]
 fn test_device_when_dropins_are_only_delayed_ends_with_exit_code_0() {
     let directory = tempfile::tempdir().expect("a directory");
-    let device = Device::start(directory.path(), &["--sanitize", "--delay", "kill-bit"]);
+    let device = start(directory.path(), &["--sanitize", "--delay", "kill-bit"]);
     assert!(late_dropins(directory.path()));
-    let (code, findings, stderr) = device.end();
+    let (code, findings, stderr) = end(device);
     assert_eq!(
         (code, findings["defects"].as_u64()),
         (Some(0), Some(0)),
@@ -140,10 +108,10 @@ fn test_device_when_dropins_are_only_delayed_ends_with_exit_code_0() {
 #[test]
 fn test_device_when_not_sanitized_has_no_findings() {
     let directory = tempfile::tempdir().expect("a directory");
-    let device = Device::start(directory.path(), &[]);
+    let device = start(directory.path(), &[]);
     let state: Value = serde_json::from_str(&inspect(directory.path(), true)).expect("JSON");
     assert_eq!(state["model"], "gru");
-    let (code, findings, stderr) = device.end();
+    let (code, findings, stderr) = end(device);
     if tests::gru::sanitizing() {
         assert_eq!(findings["defects"].as_u64(), Some(0), "{stderr}");
     } else {

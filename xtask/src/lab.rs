@@ -8,8 +8,8 @@ use std::time::Instant;
 /// What cannot be had: what would use it, and why.
 pub type Missing = Vec<String>;
 
-/// Finds or makes the parts of the lab, the backports' kernel and the root image if `whole`, and says what there is. What the machine or the network lacks is not
-/// an error but in the list that is returned.
+/// Finds or makes the parts of the lab, the backports' kernel and the root image if `whole`, and says what there is.
+/// What the machine or the network lacks is not an error but in the list that is returned.
 ///
 /// # Errors
 /// No place for a lab.

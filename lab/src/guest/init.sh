@@ -1,7 +1,8 @@
 #!/bin/sh
 # The first process of a guest. It loads the modules that /lab/load names, and runs the commands that come on
-# the second serial port, in the root image if there is one: a line with a mark, a kind and the command, in which unusual bytes are written as
-# \0ooo. A command's output goes back there; its end is the byte 036, the mark and the exit code.
+# the second serial port, in the root image if there is one: a line with a mark, a kind and the command, in which
+# unusual bytes are written as \0ooo. A command's output goes back there; its end is the byte 036, the mark and the
+# exit code.
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=linux
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
