@@ -141,6 +141,8 @@ pub(super) struct Entry {
     pub(super) packets: u32,
     /// Bytes of a READ that have come.
     pub(super) received: u32,
+    /// Local, and done: not a second time when what is before it is sent again.
+    pub(super) executed: bool,
     /// It has ended badly; told when everything before it has ended.
     pub(super) failed: Option<Status>,
 }

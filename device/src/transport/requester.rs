@@ -119,6 +119,7 @@ fn begin(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner) -> bool {
         psn: send.next_psn,
         packets,
         received: 0,
+        executed: false,
         failed,
     });
     send.next_psn = send.next_psn.add(packets);
@@ -159,12 +160,17 @@ fn check(service: ServiceType, set: &super::qp::Set, request: &Request) -> Optio
 /// A request that stays here.
 fn execute(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner) -> Step {
     let entry = &mut qp.send.outstanding[qp.send.cursor];
-    let answer = match qp.send.refused.take() {
-        Some(status) => Answer::Failed(status),
-        None => owner.execute(qp.id, &entry.request),
+    let answer = if entry.executed {
+        Answer::Done(())
+    } else {
+        match qp.send.refused.take() {
+            Some(status) => Answer::Failed(status),
+            None => owner.execute(qp.id, &entry.request),
+        }
     };
     match answer {
         Answer::Done(()) => {
+            entry.executed = true;
             core.last_payload = 0;
             qp.send.cursor += 1;
             qp.send.sent = 0;
@@ -566,7 +572,7 @@ pub(super) fn acknowledge(qp: &mut Qp, owner: &mut impl Owner, psn: Psn) -> Ackn
     let mut result = Acknowledged::Nothing;
     while let Some(front) = qp.send.outstanding.front() {
         if front.packets == 0 {
-            if qp.send.cursor == 0 {
+            if qp.send.cursor == 0 && !front.executed {
                 break;
             }
             complete_front(qp, owner);

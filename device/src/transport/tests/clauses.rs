@@ -299,6 +299,39 @@ fn test_local_request_when_between_others_completes_in_order() {
 }
 
 #[test]
+fn test_local_request_when_what_is_before_it_is_sent_again_is_executed_once() {
+    for tell in [true, false] {
+        let mut pair = Pair::connected(Options::default());
+        pair.a.post(QP, Action::Write(at(0)), 0, 4);
+        pair.a.post(QP, Action::Local, 0, 0);
+        pair.a.post(QP, Action::Write(at(0)), 0, 4);
+        pair.a.post(QP, Action::Local, 0, 0);
+        let polled = pair
+            .a
+            .transport
+            .poll(pair.now, &mut pair.a.node, &mut pair.a.link);
+        assert!(polled.turns >= 4);
+        {
+            let mut out = pair.a.link.inner().out.borrow_mut();
+            assert_eq!(out.len(), 2);
+            out.pop_front();
+            if !tell {
+                // Without the second one there is no NAK, and the timer speaks.
+                out.pop_front();
+            }
+        }
+        pair.run_all();
+        let stats = pair.a.transport.stats();
+        assert!(stats.go_backs > 0);
+        assert_eq!(stats.timeouts == 0, tell);
+        let order: Vec<u32> = pair.a.node.sent.iter().map(|(_, index, _)| *index).collect();
+        assert_eq!(order, [0, 1, 2, 3]);
+        assert_eq!(pair.a.statuses(), [Status::Success; 4]);
+        assert_eq!(pair.a.node.executed, [1, 3]);
+    }
+}
+
+#[test]
 fn test_local_error_when_earlier_requests_are_under_way_comes_after_them() {
     let mut pair = Pair::connected(Options::default());
     pair.a.post(QP, Action::Write(at(0)), 0, 4);
