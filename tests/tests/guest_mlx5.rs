@@ -56,7 +56,7 @@ fn complaints(guest: &mut Guest) -> Vec<String> {
 }
 
 /// Both sides of a ping-pong in the guest: the second starts when the first listens on its port, 18515.
-fn pingpong(guest: &mut Guest, program: &str) {
+fn pingpong(guest: &mut Guest, program: &str, success: &str) {
     let script = format!(
         "{program} >/tmp/server 2>&1 & server=$!; i=0; \
          while ! grep -q ':4853 .* 0A ' /proc/net/tcp /proc/net/tcp6; do \
@@ -64,7 +64,7 @@ fn pingpong(guest: &mut Guest, program: &str) {
          {program} localhost || {{ cat /tmp/server; exit 1; }}; wait $server"
     );
     let output = run(guest, &script, LONG);
-    assert!(output.contains("iters in"), "{program}: {output}");
+    assert!(output.contains(success), "{program}: {output}");
 }
 
 #[test]
@@ -100,7 +100,11 @@ fn test_pingpongs_when_run_in_the_guest_verify_their_data() {
         "ibv_ud_pingpong -c",
         "ibv_srq_pingpong -c",
     ] {
-        pingpong(&mut guest, program);
+        pingpong(&mut guest, program, "iters in");
+    }
+    // (Of this one -c is the number of clients.)
+    for program in ["ibv_xsrq_pingpong", "ibv_xsrq_pingpong -e -n 200 -s 65536 -g 0"] {
+        pingpong(&mut guest, program, "success");
     }
     let said = complaints(&mut guest);
     assert!(said.is_empty(), "{said:#?}");
