@@ -190,11 +190,16 @@ impl ShardOwner<'_> {
         if cqe.syndrome().is_none() {
             cqe.timestamp = self.hca.iseg.ticks().into();
         }
-        if cq.post(self.port, &self.hca.interrupts, &cqe, solicited) == Posted::Overflow {
-            let eqe = Eqe::new(EventType::CQ_ERROR, 0)
-                .with(0, cq.cqn)
-                .with(2, u32::from(CQ_OVERRUN));
-            self.hca.event(self.port, EventType::CQ_ERROR, &eqe);
+        let now = self.hca.now();
+        match cq.post(self.port, &self.hca.interrupts, &cqe, solicited, now) {
+            Posted::Yes => {}
+            Posted::Moderated => self.hca.shard(cq.cqn).moderate(cq.cqn),
+            Posted::Overflow => {
+                let eqe = Eqe::new(EventType::CQ_ERROR, 0)
+                    .with(0, cq.cqn)
+                    .with(2, u32::from(CQ_OVERRUN));
+                self.hca.event(self.port, EventType::CQ_ERROR, &eqe);
+            }
         }
     }
 
