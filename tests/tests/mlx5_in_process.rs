@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use device::mlx5::{Mlx5, Mlx5Config};
+use device::model::Model;
 use driver::backing::Backing;
 use driver::mlx5::{
     CompletionQueue, Connection, EventQueue, Hca, MemoryKey, Mlx5Error, QueuePair, Region, SendRequest,
@@ -470,4 +471,65 @@ fn test_reset_when_queues_are_busy_leaves_nothing_and_a_driver_that_comes_up_aga
         assert_eq!(model.atc().stats().live_entries, 0);
         backing.dma_unmap(driver::mlx5::IOVA_BASE, MEMORY).unwrap();
     }
+}
+
+#[test]
+fn test_dump_when_queues_have_worked_shows_registers_objects_and_counters() {
+    let (backing, model) =
+        InProcess::build(|context| Mlx5::new(context, Mlx5Config::default())).expect("an HCA");
+    let before = model.dump();
+    assert_eq!(before["stats"]["registers"]["command_queue"], "0x0");
+    assert_eq!(
+        (&before["stats"]["commands"], &before["stats"]["objects"]["qps"]),
+        (&0.into(), &0.into())
+    );
+    let hca = Hca::new(Arc::new(backing), MEMORY).expect("bring-up");
+    let pd = hca.protection_domain().unwrap();
+    let eq = hca.event_queue(6, 0, 1).unwrap();
+    let mut cq = hca.completion_queue(6, &eq).unwrap();
+    let mut qp = hca.queue_pair(Service::Rc, pd, 5, &cq, &cq).unwrap();
+    let to = Connection {
+        qpn: qp.number(),
+        lid: hca.lid().unwrap(),
+        retries: 7,
+        timeout: 14,
+    };
+    hca.connect(&mut qp, to).unwrap();
+    let region = hca.memory().take(8192).unwrap();
+    let key = hca.memory_key(pd, region, VA, &RIGHTS).unwrap();
+    hca.post_send(&mut qp, SendRequest::Write(VA, key.key), key, VA + 4096, 4096)
+        .unwrap();
+    hca.wait_completion(&mut cq).unwrap();
+    let dump = model.dump();
+    let stats = &dump["stats"];
+    assert_ne!(stats["registers"]["command_queue"], "0x0");
+    assert_eq!(stats["port"]["lid"], hca.lid().unwrap());
+    assert!(stats["commands"].as_u64() > Some(10), "{stats}");
+    assert_eq!(
+        (&stats["completions"], &stats["commands_failed"]),
+        (&1.into(), &0.into())
+    );
+    for (objects, count) in [
+        ("pds", 1),
+        ("uars", 1),
+        ("eqs", 1),
+        ("cqs", 1),
+        ("qps", 1),
+        ("mkeys", 1),
+    ] {
+        assert_eq!(stats["objects"][objects], count, "{objects} in {stats}");
+    }
+    assert_eq!(dump["qps"][0]["qpn"], qp.number());
+    assert_eq!(
+        (&dump["cqs"][0]["cqn"], &dump["cqs"][0]["produced"]),
+        (&cq.number().into(), &1.into())
+    );
+    let sent: u64 = stats["transport"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|worker| worker["packets_sent"].as_u64().unwrap())
+        .sum();
+    // The data and its acknowledgement, at least.
+    assert!(sent >= 2, "{stats}");
 }

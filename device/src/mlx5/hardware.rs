@@ -165,7 +165,7 @@ impl Hca {
         PortView::of(&status)
     }
 
-    /// For `tlbridge inspect`.
+    /// For `tlbridge inspect`; `stats` is also what `tlbridge vm --device-stats` shows.
     pub(super) fn dump(&self) -> serde_json::Value {
         const MOST: usize = 64;
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -174,20 +174,26 @@ impl Hca {
             .iter()
             .flat_map(|shard| shard.describe(MOST))
             .collect();
+        let mut objects = self.execution().describe();
+        objects["mkeys"] = self.mkeys.count().into();
         serde_json::json!({
-            "commands": count(&self.counters.commands),
-            "commands_failed": count(&self.counters.commands_failed),
-            "completions": count(&self.counters.completions),
-            "page_faults": count(&self.counters.page_faults),
-            "mkey_count": self.mkeys.count(),
+            "model": "mlx5",
+            "stats": {
+                "registers": self.iseg.describe(),
+                "port": { "capabilities": format!("{:#x}", self.port_capabilities.get()), "lid": self.port_view().lid.0, "active": self.port_view().active },
+                "commands": count(&self.counters.commands),
+                "commands_failed": count(&self.counters.commands_failed),
+                "completions": count(&self.counters.completions),
+                "page_faults": count(&self.counters.page_faults),
+                "objects": objects,
+                "transport": self.shards.iter().map(|shard| shard.stats()).collect::<Vec<_>>(),
+                "tlb": self.atc.stats(),
+            },
             "eqs": self.objects.all_eqs().iter().map(|eq| eq.describe()).collect::<Vec<_>>(),
             "cqs": self.objects.all_cqs().iter().map(|cq| cq.describe()).collect::<Vec<_>>(),
             "srqs": self.objects.all_srqs().iter().map(|srq| srq.describe()).collect::<Vec<_>>(),
-            "objects": self.execution().describe(),
-            "transport": self.shards.iter().map(|shard| shard.stats()).collect::<Vec<_>>(),
             "qps": qps,
             "mkeys": self.mkeys.describe(MOST),
-            "tlb": self.atc.stats(),
         })
     }
 

@@ -60,6 +60,16 @@ impl InitSegment {
         }
     }
 
+    /// For dumps.
+    pub(super) fn describe(&self) -> serde_json::Value {
+        serde_json::json!({
+            "firmware": format!("{FW_MAJOR}.{FW_MINOR}.{FW_SUB_MINOR}"),
+            "command_queue": format!("{:#x}", self.command_queue()),
+            "ticks": self.ticks(),
+            "health_counter": self.word(reg::HEALTH_COUNTER),
+        })
+    }
+
     /// Any length and alignment.
     pub(super) fn read(&self, offset: u64, data: &mut [u8]) {
         let mut done = 0;

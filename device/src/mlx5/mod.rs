@@ -8,7 +8,7 @@
 //! commands; each shard has one.
 //!
 //! # What is not implemented
-//! On-demand paging, CQ moderation and resize, BlueFlame, DC, DevX, device memory, signature, Ethernet ports, more than
+//! On-demand paging, BlueFlame, DC, DevX, device memory, signature, Ethernet ports, more than
 //! one port. None of that is advertised.
 
 mod access;

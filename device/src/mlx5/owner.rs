@@ -23,7 +23,7 @@ use super::srq::Srq;
 use super::umr::{self, Source, Umr};
 use super::wqe::{self, Piece, Pieces};
 use crate::transport::{
-    Answer, Atomic, Event, Owner, QpId, Receive, Received, Remote, Request, Right, Status,
+    Answer, Asked, Atomic, Event, Owner, QpId, Receive, Received, Request, Right, Status,
 };
 
 /// Types of queues in events (`DATA_QUEUE_TYPE`), in the upper byte.
@@ -190,25 +190,46 @@ impl ShardOwner<'_> {
         if cqe.syndrome().is_none() {
             cqe.timestamp = self.hca.iseg.ticks().into();
         }
-        if cq.post(self.port, &self.hca.interrupts, &cqe, solicited) == Posted::Overflow {
-            let eqe = Eqe::new(EventType::CQ_ERROR, 0)
-                .with(0, cq.cqn)
-                .with(2, u32::from(CQ_OVERRUN));
-            self.hca.event(self.port, EventType::CQ_ERROR, &eqe);
+        let now = self.hca.now();
+        match cq.post(self.port, &self.hca.interrupts, &cqe, solicited, now) {
+            Posted::Yes => {}
+            Posted::Moderated => self.hca.shard(cq.cqn).moderate(cq.cqn),
+            Posted::Overflow => {
+                let eqe = Eqe::new(EventType::CQ_ERROR, 0)
+                    .with(0, cq.cqn)
+                    .with(2, u32::from(CQ_OVERRUN));
+                self.hca.event(self.port, EventType::CQ_ERROR, &eqe);
+            }
         }
     }
 
-    /// The key for an access from outside.
-    fn remote_key(&mut self, qp: QpId, right: Right, at: Remote, len: u64) -> Result<Arc<Mkey>, Status> {
+    /// The shared queue that an XRC packet names, if it is of the queue pair's XRC domain (annex A14).
+    fn xrc_target(&mut self, qp: QpId, srqn: u32) -> Result<Arc<Srq>, Status> {
+        let domain = find(self.qps, qp).context.get(Qpc::XRCD);
+        let srq = self.hca.objects.srq(srqn);
+        srq.filter(|srq| srq.xrc.is_some_and(|(own, _)| own == domain))
+            .ok_or(Status::RemoteInvalidRequest)
+    }
+
+    /// In whose name the other side asks for memory: an XRC queue pair's own protection domain is nobody's; that of
+    /// the shared queue which the packet names counts.
+    fn remote_asker(&mut self, qp: QpId, xrc_srqn: Option<u32>) -> Result<Asker, Status> {
+        let target = xrc_srqn.map(|srqn| self.xrc_target(qp, srqn)).transpose()?;
         let qp = find(self.qps, qp);
+        Ok(Asker {
+            pd: target.map_or(qp.pd, |srq| srq.pd),
+            qpn: qp.qpn,
+        })
+    }
+
+    /// The key for an access from outside.
+    fn remote_key(&mut self, qp: QpId, right: Right, asked: Asked, len: u64) -> Result<Arc<Mkey>, Status> {
+        let asker = self.remote_asker(qp, asked.xrc_srqn)?;
+        let (qp, at) = (find(self.qps, qp), asked.at);
         let (flag, wanted) = match right {
             Right::Read => (Qpc::RRE, KeyRight::RemoteRead),
             Right::Write => (Qpc::RWE, KeyRight::RemoteWrite),
             Right::Atomic => (Qpc::RAE, KeyRight::Atomic),
-        };
-        let asker = Asker {
-            pd: qp.pd,
-            qpn: qp.qpn,
         };
         if !qp.context.is_set(flag) {
             return Err(Status::RemoteAccess);
@@ -221,16 +242,16 @@ impl ShardOwner<'_> {
         }
     }
 
-    fn remote_copy(&mut self, qp: QpId, right: Right, at: Remote, mut bytes: Bytes<'_>) -> Answer {
+    fn remote_copy(&mut self, qp: QpId, right: Right, asked: Asked, mut bytes: Bytes<'_>) -> Answer {
         let len = match &bytes {
             Bytes::Into(to) => to.len(),
             Bytes::From(from) => from.len(),
         };
-        let mkey = match self.remote_key(qp, right, at, len as u64) {
+        let mkey = match self.remote_key(qp, right, asked, len as u64) {
             Ok(mkey) => mkey,
             Err(status) => return Answer::Failed(status),
         };
-        match access::copy(self.port, &self.hca.mkeys, &mkey, at.va, &mut bytes) {
+        match access::copy(self.port, &self.hca.mkeys, &mkey, asked.at.va, &mut bytes) {
             Ok(()) => Answer::Done(()),
             Err(trouble) => refuse(trouble, Status::RemoteAccess),
         }
@@ -265,6 +286,14 @@ fn refuse(trouble: Trouble, status: Status) -> Answer {
 impl Owner for ShardOwner<'_> {
     fn fetch(&mut self, id: QpId, index: u32) -> Answer<Option<Request>> {
         let qp = find(self.qps, id);
+        if qp
+            .queues
+            .as_ref()
+            .is_none_or(|queues| queues.log_blocks.is_none())
+        {
+            // An XRC target sends nothing, and the driver gives it no doorbell record.
+            return Answer::Done(None);
+        }
         if qp.posted == index as u16 {
             // Read only when it matters: the record is a line that the driver writes.
             let Ok(word) = self.port.read_be32(qp.dbr.wrapping_add(uar::DBR_SEND)) else {
@@ -328,17 +357,12 @@ impl Owner for ShardOwner<'_> {
     }
 
     fn take_receive(&mut self, id: QpId, xrc_srqn: Option<u32>) -> Answer<Option<Receive>> {
-        let qp = find(self.qps, id);
         let srq = match xrc_srqn {
-            Some(srqn) => {
-                let domain = qp.context.get(Qpc::XRCD);
-                let srq = self.hca.objects.srq(srqn);
-                match srq.filter(|srq| srq.xrc.is_some_and(|(own, _)| own == domain)) {
-                    Some(srq) => Some(srq),
-                    None => return Answer::Failed(Status::RemoteInvalidRequest),
-                }
-            }
-            None => qp.srq.clone(),
+            Some(srqn) => match self.xrc_target(id, srqn) {
+                Ok(srq) => Some(srq),
+                Err(status) => return Answer::Failed(status),
+            },
+            None => find(self.qps, id).srq.clone(),
         };
         if let Some(srq) = srq {
             return match srq.take(self.port) {
@@ -357,6 +381,7 @@ impl Owner for ShardOwner<'_> {
                 }
             };
         }
+        let qp = find(self.qps, id);
         if qp
             .queues
             .as_ref()
@@ -471,26 +496,26 @@ impl Owner for ShardOwner<'_> {
         self.post(cq, &cqe, received.solicited);
     }
 
-    fn remote_check(&mut self, id: QpId, right: Right, at: Remote, len: u32) -> Answer {
-        match self.remote_key(id, right, at, u64::from(len)) {
+    fn remote_check(&mut self, id: QpId, right: Right, asked: Asked, len: u32) -> Answer {
+        match self.remote_key(id, right, asked, u64::from(len)) {
             Ok(_) => Answer::Done(()),
             Err(status) => Answer::Failed(status),
         }
     }
 
-    fn remote_write(&mut self, id: QpId, at: Remote, data: &[u8]) -> Answer {
-        self.remote_copy(id, Right::Write, at, Bytes::From(data))
+    fn remote_write(&mut self, id: QpId, asked: Asked, data: &[u8]) -> Answer {
+        self.remote_copy(id, Right::Write, asked, Bytes::From(data))
     }
 
-    fn remote_read(&mut self, id: QpId, at: Remote, into: &mut [u8]) -> Answer {
-        self.remote_copy(id, Right::Read, at, Bytes::Into(into))
+    fn remote_read(&mut self, id: QpId, asked: Asked, into: &mut [u8]) -> Answer {
+        self.remote_copy(id, Right::Read, asked, Bytes::Into(into))
     }
 
-    fn remote_atomic(&mut self, id: QpId, at: Remote, atomic: Atomic) -> Answer<u64> {
-        if !at.va.is_multiple_of(8) {
+    fn remote_atomic(&mut self, id: QpId, asked: Asked, atomic: Atomic) -> Answer<u64> {
+        if !asked.at.va.is_multiple_of(8) {
             return Answer::Failed(Status::RemoteInvalidRequest);
         }
-        let mkey = match self.remote_key(id, Right::Atomic, at, 8) {
+        let mkey = match self.remote_key(id, Right::Atomic, asked, 8) {
             Ok(mkey) => mkey,
             Err(status) => return Answer::Failed(status),
         };
@@ -500,17 +525,21 @@ impl Owner for ShardOwner<'_> {
                 .unwrap_or_else(|found| found),
             Atomic::FetchAdd { add } => word.fetch_add(add, Ordering::SeqCst),
         };
-        match access::atomic(self.port, &self.hca.mkeys, &mkey, at.va, operate) {
+        match access::atomic(self.port, &self.hca.mkeys, &mkey, asked.at.va, operate) {
             Ok(before) => Answer::Done(before),
             Err(_) => Answer::Failed(Status::RemoteAccess),
         }
     }
 
-    fn invalidate(&mut self, id: QpId, rkey: u32) -> Answer {
-        let qp = find(self.qps, id);
+    fn invalidate(&mut self, id: QpId, rkey: u32, xrc_srqn: Option<u32>) -> Answer {
+        let asker = match self.remote_asker(id, xrc_srqn) {
+            Ok(asker) => asker,
+            Err(status) => return Answer::Failed(status),
+        };
         let mkey = self.hca.mkeys.find(rkey);
-        let allowed = mkey
-            .filter(|mkey| mkey.context.is_set(Mkc::REMOTE_INVALIDATE) && mkey.context.get(Mkc::PD) == qp.pd);
+        let allowed = mkey.filter(|mkey| {
+            mkey.context.is_set(Mkc::REMOTE_INVALIDATE) && mkey.context.get(Mkc::PD) == asker.pd
+        });
         let Some(mkey) = allowed else {
             return Answer::Failed(Status::RemoteAccess);
         };

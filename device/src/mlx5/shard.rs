@@ -34,6 +34,8 @@ struct Letters {
     rings: HashSet<u32>,
     /// CQs and the last word of their arm doorbell.
     arms: HashMap<u32, u32>,
+    /// CQs with an event that is due later.
+    moderated: HashSet<u32>,
     /// A packet has come, or something else that only a look tells.
     woken: bool,
     /// What became of the port.
@@ -46,6 +48,7 @@ struct Letters {
 struct Mail {
     rings: HashSet<u32>,
     arms: HashMap<u32, u32>,
+    moderated: HashSet<u32>,
     ports: Vec<(u8, PortChange)>,
 }
 
@@ -84,6 +87,7 @@ impl Inbox {
             && !letters.woken
             && letters.rings.is_empty()
             && letters.arms.is_empty()
+            && letters.moderated.is_empty()
             && letters.ports.is_empty()
         {
             letters = match limit {
@@ -103,6 +107,7 @@ impl Inbox {
         Some(Mail {
             rings: std::mem::take(&mut letters.rings),
             arms: std::mem::take(&mut letters.arms),
+            moderated: std::mem::take(&mut letters.moderated),
             ports: std::mem::take(&mut letters.ports),
         })
     }
@@ -130,6 +135,8 @@ struct State {
     failed: Vec<u32>,
     /// Until their receive queues are looked at again.
     pause: Duration,
+    /// CQs with an event that is due later.
+    moderated: HashSet<u32>,
 }
 
 /// How often a queue pair in the error state is looked at for receive requests, which no doorbell tells of: at first,
@@ -157,6 +164,22 @@ impl State {
             failed: &mut self.failed,
         };
         (&mut self.transport, owner, &mut self.endpoint)
+    }
+
+    /// Tells the events of moderated CQs whose time has come. When the next one is due.
+    fn expire(&mut self, hca: &Hca) -> Option<Duration> {
+        if self.moderated.is_empty() {
+            return None;
+        }
+        let (now, port) = (hca.now(), &mut self.port);
+        let mut next = None;
+        self.moderated.retain(|cqn| {
+            let cq = hca.objects.cq(*cqn);
+            let due = cq.and_then(|cq| cq.expire(port, &hca.interrupts, now));
+            next = next.into_iter().chain(due).min();
+            due.is_some()
+        });
+        next.map(|due| now.until(due))
     }
 
     /// Flushes what was posted to queue pairs in the error state. When to look again.
@@ -199,6 +222,7 @@ impl Shard {
                 qps: Vec::new(),
                 failed: Vec::new(),
                 pause: SHORTEST_PAUSE,
+                moderated: HashSet::new(),
             }),
         }
     }
@@ -234,6 +258,13 @@ impl Shard {
         });
     }
 
+    /// A CQ of this shard's keeps an event back.
+    pub(super) fn moderate(&self, cqn: u32) {
+        self.inbox.put(|letters| {
+            letters.moderated.insert(cqn);
+        });
+    }
+
     /// The worker ends.
     pub(super) fn stop(&self) {
         self.inbox.put(|letters| letters.stop = true);
@@ -251,6 +282,8 @@ impl Shard {
         let mut letters = self.inbox.letters();
         letters.rings.clear();
         letters.arms.clear();
+        letters.moderated.clear();
+        state.moderated.clear();
     }
 
     /// The worker's life.
@@ -273,11 +306,13 @@ impl Shard {
             let poll = transport.poll(hca.now(), &mut owner, link);
             let next = transport.poll_at().map(|at| hca.now().until(at));
             let flush = state.flush(hca);
+            state.moderated.extend(mail.moderated);
+            let event = state.expire(hca);
             limit = if poll.again {
                 Some(Duration::ZERO)
             } else {
                 // The earlier of the two.
-                next.into_iter().chain(flush).min()
+                next.into_iter().chain(flush).chain(event).min()
             };
         }
     }

@@ -38,8 +38,8 @@ mod timers;
 pub use self::core::{Config, Stats};
 pub use link::Link;
 pub use owner::{
-    Action, Answer, Atomic, Datagram, Event, Fence, Global, Owner, Path, QpId, Receive, Received, Remote,
-    Request, Right, Side, Source, Status,
+    Action, Answer, Asked, Atomic, Datagram, Event, Fence, Global, Owner, Path, QpId, Receive, Received,
+    Remote, Request, Right, Side, Source, Status,
 };
 pub use packet::{Extension, Packet};
 pub use pool::{Buffer, Pool, SEGMENT, SMALL};

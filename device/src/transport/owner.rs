@@ -122,6 +122,30 @@ pub struct Remote {
     pub va: u64,
 }
 
+/// Memory that the other side asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Asked {
+    /// What the request names.
+    pub at: Remote,
+    /// XRC: the shared receive queue that the packet names. Its protection domain counts, not the queue pair's, and
+    /// its XRC domain must be the queue pair's (annex A14).
+    pub xrc_srqn: Option<u32>,
+}
+
+impl Asked {
+    /// The same, `bytes` further.
+    #[must_use]
+    pub fn after(self, bytes: u64) -> Self {
+        Self {
+            at: Remote {
+                va: self.at.va.wrapping_add(bytes),
+                ..self.at
+            },
+            ..self
+        }
+    }
+}
+
 /// What a request does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Action {
@@ -318,16 +342,16 @@ pub trait Owner {
     // ---- memory that others reach ----
 
     /// Whether an access of `len` bytes (never 0) that begins now is allowed.
-    fn remote_check(&mut self, qp: QpId, right: Right, at: Remote, len: u32) -> Answer;
+    fn remote_check(&mut self, qp: QpId, right: Right, asked: Asked, len: u32) -> Answer;
     /// Store bytes of an RDMA WRITE.
-    fn remote_write(&mut self, qp: QpId, at: Remote, data: &[u8]) -> Answer;
+    fn remote_write(&mut self, qp: QpId, asked: Asked, data: &[u8]) -> Answer;
     /// Load bytes of an RDMA READ.
-    fn remote_read(&mut self, qp: QpId, at: Remote, into: &mut [u8]) -> Answer;
+    fn remote_read(&mut self, qp: QpId, asked: Asked, into: &mut [u8]) -> Answer;
     /// Check, then do it, *once* after `Done`; what was there before. Alignment is the owner's to check, too
     /// (`Failed(RemoteInvalidRequest)`).
-    fn remote_atomic(&mut self, qp: QpId, at: Remote, atomic: Atomic) -> Answer<u64>;
-    /// Invalidate an R_Key for a SEND with invalidate.
-    fn invalidate(&mut self, qp: QpId, rkey: u32) -> Answer;
+    fn remote_atomic(&mut self, qp: QpId, asked: Asked, atomic: Atomic) -> Answer<u64>;
+    /// Invalidate an R_Key for a SEND with invalidate. `xrc_srqn` as in [`Asked`].
+    fn invalidate(&mut self, qp: QpId, rkey: u32, xrc_srqn: Option<u32>) -> Answer;
 
     /// An asynchronous event.
     fn event(&mut self, qp: QpId, event: Event);

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use protos::ib::{Gid, Mtu, Pkey, Psn, Qkey, Qpn, ServiceType};
 
-use super::owner::{Path, QpId, Receive, Remote, Request, Status};
+use super::owner::{Asked, Path, QpId, Receive, Request, Status};
 use super::packet::Packet;
 use super::pool::Buffer;
 use super::time::Time;
@@ -223,7 +223,7 @@ pub(super) enum Message {
     /// A SEND.
     Send { offset: u32 },
     /// An RDMA WRITE.
-    Write { at: Remote, len: u32, offset: u32 },
+    Write { at: Asked, len: u32, offset: u32 },
 }
 
 /// Something to send back, in order.
@@ -232,7 +232,7 @@ pub(super) enum Response {
     /// Data of an RDMA READ.
     Read {
         psn: Psn,
-        at: Remote,
+        at: Asked,
         len: u32,
         sent: u32,
         msn: u32,
@@ -270,7 +270,7 @@ pub(super) struct Resource {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ResourceKind {
-    Read { at: Remote, len: u32 },
+    Read { at: Asked, len: u32 },
     Atomic { original: u64 },
 }
 

@@ -3,7 +3,7 @@
 use protos::ib::{Extended, NakCode, Operation, Place, Psn, Syndrome};
 
 use super::core::Core;
-use super::owner::{Answer, Atomic, Event, Owner, Received, Remote, Right, Source, Status};
+use super::owner::{Answer, Asked, Atomic, Event, Owner, Received, Remote, Right, Source, Status};
 use super::packet::{Extension, Packet};
 use super::qp::{Message, Qp, Resource, ResourceKind, Response, State};
 
@@ -360,8 +360,12 @@ fn misshapen(qp: &Qp, packet: &Packet, place: Place) -> Option<Executed> {
     if fits { None } else { fault }
 }
 
-fn xrc_queue(packet: &Packet) -> Option<u32> {
-    packet.xrc_srqn
+/// What a packet asks for of the memory here.
+fn asked(packet: &Packet, rkey: u32, va: u64) -> Asked {
+    Asked {
+        at: Remote { rkey, va },
+        xrc_srqn: packet.xrc_srqn,
+    }
 }
 
 /// Takes a receive request unless there is one.
@@ -369,7 +373,7 @@ pub(super) fn take(qp: &mut Qp, owner: &mut impl Owner, packet: &Packet) -> Opti
     if qp.receive.taken.is_some() {
         return None;
     }
-    match owner.take_receive(qp.id, xrc_queue(packet)) {
+    match owner.take_receive(qp.id, packet.xrc_srqn) {
         Answer::Done(Some(receive)) => {
             qp.receive.taken = Some(receive);
             None
@@ -414,7 +418,7 @@ fn send(qp: &mut Qp, owner: &mut impl Owner, packet: &Packet, place: Place, exte
     if extended == Extended::Invalidate
         && let Some(rkey) = packet.immediate
     {
-        proceed!(owner.invalidate(qp.id, rkey));
+        proceed!(owner.invalidate(qp.id, rkey, packet.xrc_srqn));
     }
     qp.receive.message = Message::None;
     complete(
@@ -433,10 +437,7 @@ fn write(qp: &mut Qp, owner: &mut impl Owner, packet: &Packet, place: Place, ext
         let Extension::Rdma(reth) = packet.extension else {
             return Executed::Refused(Status::RemoteInvalidRequest);
         };
-        let at = Remote {
-            rkey: reth.rkey.get(),
-            va: reth.va.get(),
-        };
+        let at = asked(packet, reth.rkey.get(), reth.va.get());
         let len = reth.len.get();
         if len > 1 << 31 {
             return Executed::Refused(Status::RemoteInvalidRequest);
@@ -464,10 +465,7 @@ fn write(qp: &mut Qp, owner: &mut impl Owner, packet: &Packet, place: Place, ext
     }
     let done = qp.receive.held.done as usize;
     if done < data.len() {
-        let at = Remote {
-            va: at.va.wrapping_add(u64::from(offset) + done as u64),
-            ..at
-        };
+        let at = at.after(u64::from(offset) + done as u64);
         match owner.remote_write(qp.id, at, &data[done..]) {
             Answer::Done(()) => {}
             Answer::Parked { done: more } => {
@@ -522,10 +520,7 @@ fn read(qp: &mut Qp, owner: &mut impl Owner, packet: &Packet) -> Executed {
     let Extension::Rdma(reth) = packet.extension else {
         return invalid;
     };
-    let at = Remote {
-        rkey: reth.rkey.get(),
-        va: reth.va.get(),
-    };
+    let at = asked(packet, reth.rkey.get(), reth.va.get());
     let len = reth.len.get();
     if qp.receive.message != Message::None || len > 1 << 31 || !room(qp) {
         return invalid;
@@ -555,10 +550,7 @@ fn atomic(qp: &mut Qp, owner: &mut impl Owner, packet: &Packet, operation: Opera
     if qp.receive.message != Message::None || !room(qp) {
         return Executed::Refused(Status::RemoteInvalidRequest);
     }
-    let at = Remote {
-        rkey: eth.rkey.get(),
-        va: eth.va.get(),
-    };
+    let at = asked(packet, eth.rkey.get(), eth.va.get());
     let what = if operation == Operation::CompareSwap {
         Atomic::CompareSwap {
             compare: eth.compare.get(),
@@ -605,18 +597,12 @@ fn duplicate(qp: &mut Qp, core: &mut Core, packet: &Packet, operation: Operation
                 return;
             };
             let skipped = packet.psn.distance(resource.psn) as u32 * mtu.bytes();
-            let asked = Remote {
-                rkey: reth.rkey.get(),
-                va: reth.va.get(),
-            };
+            let asked = asked(packet, reth.rkey.get(), reth.va.get());
             let ResourceKind::Read { at, len } = resource.kind else {
                 return;
             };
             // It must be (the rest of) the same request.
-            let rest = Remote {
-                va: at.va.wrapping_add(u64::from(skipped)),
-                ..at
-            };
+            let rest = at.after(u64::from(skipped));
             if asked != rest || len - skipped != reth.len.get() {
                 core.stats.dropped += 1;
                 return;

@@ -4,7 +4,7 @@ use protos::ib::{Aeth, NakCode, Operation, Place, Psn, Syndrome};
 
 use super::core::{Core, Step};
 use super::link::Link;
-use super::owner::{Answer, Event, Owner, Remote, Status};
+use super::owner::{Answer, Asked, Event, Owner, Status};
 use super::packet::Extension;
 use super::pool::SEGMENT;
 use super::qp::{Qp, Response};
@@ -71,7 +71,7 @@ fn stream(
     owner: &mut impl Owner,
     link: &mut impl Link,
     now: super::Time,
-    (psn, at, len, sent, msn): (Psn, Remote, u32, u32, u32),
+    (psn, at, len, sent, msn): (Psn, Asked, u32, u32, u32),
 ) -> Step {
     let mtu = qp.set.mtu;
     let size = (len - sent)
@@ -85,10 +85,7 @@ fn stream(
             _ => (core.pool.take(size as usize), 0),
         };
         if filled < size {
-            let from = Remote {
-                va: at.va.wrapping_add(u64::from(sent + filled)),
-                ..at
-            };
+            let from = at.after(u64::from(sent + filled));
             let answer = match qp.receive.read_refused.take() {
                 Some(status) => Answer::Failed(status),
                 None => owner.remote_read(qp.id, from, &mut buffer[filled as usize..]),

@@ -51,6 +51,12 @@ pub enum Mlx5Error {
         /// How long.
         limit: Duration,
     },
+    /// The old buffer of a completion queue has no entry that ends it.
+    #[error("mlx5: completion queue {cqn:#x} was resized, but nothing ends its old buffer")]
+    Unended {
+        /// Which queue.
+        cqn: u32,
+    },
     /// The HCA's memory is used up.
     #[error(
         "mlx5: {wanted} more bytes of memory were asked for, {left} are left; bring the HCA up with more"

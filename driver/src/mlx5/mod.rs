@@ -3,18 +3,20 @@
 //! It does what the kernel's driver does, in the same order (reference 1.1), through a [`Backing`]. The HCA's memory is
 //! one memfd, which is read and written through the file.
 //!
-//! Not implemented: shared receive queues, XRC, more than one UAR, anything that needs a subnet manager.
+//! Not implemented: shared receive queues but XRC's, more than one UAR, anything that needs a subnet manager.
 
 mod command;
 mod error;
 mod memory;
 mod objects;
 mod queue_pair;
+mod xrc;
 
 pub use error::Mlx5Error;
 pub use memory::{HcaMemory, IOVA_BASE, Region};
 pub use objects::{CompletionQueue, EventQueue, MemoryKey};
 pub use queue_pair::{Connection, QueuePair, SendRequest, Service};
+pub use xrc::XrcReceiveQueue;
 
 use std::sync::Arc;
 

@@ -3,8 +3,10 @@
 use std::time::{Duration, Instant};
 
 use protos::mlx5::cmd::Opcode;
-use protos::mlx5::commands::{CreateEq, CreateMkey, Output, PAGES};
-use protos::mlx5::cq::{Cqc, Cqe};
+use protos::mlx5::commands::{CONTEXT, CreateEq, CreateMkey, MODIFY_CQ_RESIZE, ModifyCq, Output, PAGES};
+use protos::mlx5::cq::{
+    Cqc, Cqe, CqeOpcode, MODIFY_COUNT, MODIFY_PERIOD, RESIZE_LOG_PAGE_SIZE, RESIZE_PAGE_OFFSET, RESIZE_SIZE,
+};
 use protos::mlx5::eq::{EQE_SIZE, Eqc, Eqe};
 use protos::mlx5::mkey::{ANY_QP, AccessMode, Mkc};
 use protos::mlx5::{Layout, uar};
@@ -126,12 +128,8 @@ impl Hca {
     /// # Errors
     /// What the HCA says.
     pub fn completion_queue(&self, log_size: u32, eq: &EventQueue) -> Result<CompletionQueue, Mlx5Error> {
-        let region = self.memory.take(64 << log_size)?;
+        let region = self.completion_buffer(log_size)?;
         let record = self.memory.take(64)?;
-        for index in 0..1u64 << log_size {
-            // Never a valid completion.
-            self.memory.write(region.iova + index * 64 + 63, &[0xf1]);
-        }
         let context = Cqc::zeroed()
             .with(Cqc::LOG_SIZE, log_size)
             .with(Cqc::UAR_PAGE, self.uar)
@@ -147,6 +145,91 @@ impl Hca {
             consumed: 0,
             armed: 0,
         })
+    }
+
+    fn completion_buffer(&self, log_size: u32) -> Result<Region, Mlx5Error> {
+        let region = self.memory.take(64 << log_size)?;
+        for index in 0..1u64 << log_size {
+            // Never a valid completion.
+            self.memory.write(region.iova + index * 64 + 63, &[0xf1]);
+        }
+        Ok(region)
+    }
+
+    /// A completion queue's context as the HCA has it.
+    ///
+    /// # Errors
+    /// What the HCA says.
+    pub fn query_completions(&self, cq: &CompletionQueue) -> Result<Cqc, Mlx5Error> {
+        let mut input = cq.number.to_be_bytes().to_vec();
+        input.extend([0; 4]);
+        let output = self.command(Opcode::QUERY_CQ, 0, &input, PAGES)?;
+        Ok(Cqc::from_prefix(&output[CONTEXT..]))
+    }
+
+    fn modify_completions(
+        &self,
+        cq: &CompletionQueue,
+        op_mod: u16,
+        fields: u32,
+        context: &Cqc,
+        pages: &[u8],
+    ) -> Result<(), Mlx5Error> {
+        let head = ModifyCq::zeroed()
+            .with(ModifyCq::NUMBER, cq.number)
+            .with(ModifyCq::FIELDS, fields);
+        let input = input(&head.0, CONTEXT, &context.0, pages);
+        self.command(Opcode::MODIFY_CQ, op_mod, &input, 16).map(drop)
+    }
+
+    /// Lets an event wait for so many completions, but no longer than so many microseconds.
+    ///
+    /// # Errors
+    /// What the HCA says.
+    pub fn moderate_completions(
+        &self,
+        cq: &CompletionQueue,
+        period: u32,
+        count: u32,
+    ) -> Result<(), Mlx5Error> {
+        let context = Cqc::zeroed()
+            .with(Cqc::PERIOD, period)
+            .with(Cqc::MAX_COUNT, count);
+        self.modify_completions(cq, 0, MODIFY_PERIOD | MODIFY_COUNT, &context, &[])
+    }
+
+    /// Gives a completion queue `1 << log_size` entries. What has not been polled moves along.
+    ///
+    /// # Errors
+    /// What the HCA says; the queue is as before then.
+    pub fn resize_completions(&self, cq: &mut CompletionQueue, log_size: u32) -> Result<(), Mlx5Error> {
+        let region = self.completion_buffer(log_size)?;
+        let context = Cqc::zeroed().with(Cqc::LOG_SIZE, log_size);
+        let fields = RESIZE_SIZE | RESIZE_PAGE_OFFSET | RESIZE_LOG_PAGE_SIZE;
+        self.modify_completions(cq, MODIFY_CQ_RESIZE, fields, &context, &pages(region))?;
+        let mut index = cq.consumed;
+        loop {
+            if index.wrapping_sub(cq.consumed) > 1 << cq.log_size {
+                return Err(Mlx5Error::Unended { cqn: cq.number });
+            }
+            let mut bytes = [0; 64];
+            let old = u64::from(index & ((1 << cq.log_size) - 1)) * 64;
+            self.memory.read(cq.region.iova + old, &mut bytes);
+            if bytes[63] >> 4 == CqeOpcode::RESIZE.0 {
+                break;
+            }
+            // The end of the old buffer has had an index of its own: everything is one further.
+            index += 1;
+            bytes[63] = bytes[63] & !1 | (index >> log_size & 1) as u8;
+            let new = u64::from(index & ((1 << log_size) - 1)) * 64;
+            self.memory.write(region.iova + new, &bytes);
+        }
+        cq.region = region;
+        cq.log_size = log_size;
+        cq.consumed = (cq.consumed + 1) & 0xff_ffff;
+        self.memory
+            .write(cq.record.iova + uar::DBR_CQ_CONSUMER, &cq.consumed.to_be_bytes());
+        Ok(())
     }
 
     /// Asks for an event with the next completion.

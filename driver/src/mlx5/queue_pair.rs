@@ -6,7 +6,7 @@ use protos::mlx5::mkey::Mkc;
 use protos::mlx5::qp::{Ads, PRIMARY_PATH, Qpc, ServiceType, opt};
 use protos::mlx5::wqe::{
     self, AV_EXTENDED, AddressVector, Atomic, BLOCK, CE_ALWAYS, Control, Data, RemoteAddress, SEGMENT,
-    UMR_INLINE, UmrControl,
+    UMR_INLINE, UmrControl, Xrc,
 };
 use protos::mlx5::{Layout, uar};
 use zerocopy::{FromZeros, IntoBytes};
@@ -23,6 +23,10 @@ pub enum Service {
     Uc,
     /// Unreliable datagram.
     Ud,
+    /// Extended reliable connection, sending half: [`Hca::post_xrc_send`].
+    XrcInitiator,
+    /// Extended reliable connection, receiving half ([`Hca::xrc_target`]).
+    XrcTarget,
 }
 
 /// A queue pair with queues of its own.
@@ -97,13 +101,7 @@ impl Hca {
         let bytes = (1u64 << (log_entries + LOG_RECEIVE)) + ((BLOCK as u64) << blocks);
         let region = self.memory.take(bytes)?;
         let record = self.memory.take(64)?;
-        let code = match service {
-            Service::Rc => ServiceType::RC,
-            Service::Uc => ServiceType::UC,
-            Service::Ud => ServiceType::UD,
-        };
         let context = Qpc::zeroed()
-            .with(Qpc::SERVICE, u32::from(code.0))
             .with(Qpc::PD, pd)
             .with(Qpc::LOG_RQ_SIZE, log_entries)
             .with(Qpc::LOG_RQ_STRIDE, LOG_RECEIVE - 4)
@@ -112,6 +110,25 @@ impl Hca {
             .with(Qpc::CQN_SEND, send.number())
             .with(Qpc::CQN_RECEIVE, receive.number())
             .with_wide(Qpc::DBR_ADDR, record.iova);
+        self.make(service, context, region, record, log_entries)
+    }
+
+    /// CREATE_QP and the way to INIT.
+    pub(super) fn make(
+        &self,
+        service: Service,
+        context: Qpc,
+        region: Region,
+        record: Region,
+        log_entries: u32,
+    ) -> Result<QueuePair, Mlx5Error> {
+        let code = match service {
+            Service::Rc => ServiceType::RC,
+            Service::Uc => ServiceType::UC,
+            Service::Ud => ServiceType::UD,
+            Service::XrcInitiator | Service::XrcTarget => ServiceType::XRC,
+        };
+        let context = context.with(Qpc::SERVICE, u32::from(code.0));
         let input = input(&[], QP_CONTEXT, &context.0, &page_list(region));
         let number = made(&self.command(Opcode::CREATE_QP, 0, &input, 16)?);
         let mut qp = QueuePair {
@@ -218,7 +235,35 @@ impl Hca {
         va: u64,
         len: u32,
     ) -> Result<u16, Mlx5Error> {
-        let mut body = Vec::new();
+        self.post_request(qp, Vec::new(), request, data(key, va, len))
+    }
+
+    /// As [`Hca::post_send`], on an XRC initiator: the shared receive queue there is named by each request.
+    ///
+    /// # Errors
+    /// The doorbell.
+    pub fn post_xrc_send(
+        &self,
+        qp: &mut QueuePair,
+        srqn: u32,
+        request: SendRequest,
+        key: MemoryKey,
+        va: u64,
+        len: u32,
+    ) -> Result<u16, Mlx5Error> {
+        let mut xrc = Xrc::new_zeroed();
+        xrc.srqn = srqn.into();
+        self.post_request(qp, xrc.as_bytes().to_vec(), request, data(key, va, len))
+    }
+
+    /// `body` is what comes before the segments of the request.
+    fn post_request(
+        &self,
+        qp: &mut QueuePair,
+        mut body: Vec<u8>,
+        request: SendRequest,
+        local: Data,
+    ) -> Result<u16, Mlx5Error> {
         let mut imm = 0;
         let opcode = match request {
             SendRequest::Send(None) => wqe::Opcode::SEND,
@@ -253,7 +298,7 @@ impl Hca {
                 wqe::Opcode::ATOMIC_CS
             }
         };
-        body.extend_from_slice(data(key, va, len).as_bytes());
+        body.extend_from_slice(local.as_bytes());
         self.post(qp, opcode, imm, &body)
     }
 
@@ -309,7 +354,7 @@ impl Hca {
     }
 }
 
-fn data(key: MemoryKey, va: u64, len: u32) -> Data {
+pub(super) fn data(key: MemoryKey, va: u64, len: u32) -> Data {
     Data {
         byte_count: len.into(),
         lkey: key.key.into(),

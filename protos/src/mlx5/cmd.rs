@@ -130,6 +130,8 @@ open! {
         BAD_QP_STATE = 0x10,
         /// A MAD that cannot be answered.
         BAD_PACKET = 0x30,
+        /// Completions that are outstanding do not fit.
+        BAD_OUTSTANDING_CQES = 0x40,
         /// The input's length.
         BAD_INPUT_LENGTH = 0x50,
         /// The output's length.

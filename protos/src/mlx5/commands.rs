@@ -76,6 +76,18 @@ layout! {
 }
 
 layout! {
+    /// MODIFY_CQ, without the context and the pages.
+    ModifyCq[0x10] {
+        /// The queue.
+        NUMBER = bits(0x08, 0, 24),
+        /// What changes: [`super::cq::MODIFY_PERIOD`] and the like, or [`super::cq::RESIZE_SIZE`] and the like.
+        FIELDS = bits(0x0c, 0, 32),
+    }
+}
+/// MODIFY_CQ, op_mod: another buffer.
+pub const MODIFY_CQ_RESIZE: u16 = 1;
+
+layout! {
     /// MODIFY_RMP, without the context.
     ModifyRmp[0x20] {
         /// State.

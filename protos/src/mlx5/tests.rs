@@ -70,6 +70,7 @@ proptest! {
         check_layout::<CreateEq>(&bytes, &[]);
         check_layout::<CreateMkey>(&bytes, &[]);
         check_layout::<ModifyQp>(&bytes, &[]);
+        check_layout::<ModifyCq>(&bytes, &[]);
         check_layout::<ModifyRmp>(&bytes, &[]);
         check_layout::<QueryIssiOut>(&bytes, &[]);
         check_layout::<QueryAdapterOut>(&bytes, &[]);

@@ -1,7 +1,8 @@
 //! Queues and memory of the benchmark: a posted counter for each queue pair, and one flat piece of memory.
 
 use device::transport::{
-    Action, Answer, Atomic, Event, Fence, Owner, QpId, Receive, Received, Remote, Request, Right, Status,
+    Action, Answer, Asked, Atomic, Event, Fence, Owner, QpId, Receive, Received, Remote, Request, Right,
+    Status,
 };
 
 /// What is measured.
@@ -162,20 +163,20 @@ impl Owner for Flat {
         self.store(receive.token + u64::from(offset), data)
     }
     fn complete_receive(&mut self, _: QpId, _: &Receive, _: &Received) {}
-    fn remote_check(&mut self, _: QpId, _: Right, at: Remote, len: u32) -> Answer {
+    fn remote_check(&mut self, _: QpId, _: Right, Asked { at, .. }: Asked, len: u32) -> Answer {
         if at.va + u64::from(len) <= self.memory.len() as u64 {
             Answer::Done(())
         } else {
             Answer::Failed(Status::RemoteAccess)
         }
     }
-    fn remote_write(&mut self, _: QpId, at: Remote, data: &[u8]) -> Answer {
+    fn remote_write(&mut self, _: QpId, Asked { at, .. }: Asked, data: &[u8]) -> Answer {
         self.store(at.va, data)
     }
-    fn remote_read(&mut self, _: QpId, at: Remote, into: &mut [u8]) -> Answer {
+    fn remote_read(&mut self, _: QpId, Asked { at, .. }: Asked, into: &mut [u8]) -> Answer {
         self.load(at.va, into)
     }
-    fn remote_atomic(&mut self, _: QpId, at: Remote, atomic: Atomic) -> Answer<u64> {
+    fn remote_atomic(&mut self, _: QpId, Asked { at, .. }: Asked, atomic: Atomic) -> Answer<u64> {
         let Some(word) = self.memory.get_mut(at.va as usize..at.va as usize + 8) else {
             return Answer::Failed(Status::RemoteAccess);
         };
@@ -187,7 +188,7 @@ impl Owner for Flat {
         }
         Answer::Done(old)
     }
-    fn invalidate(&mut self, _: QpId, _: u32) -> Answer {
+    fn invalidate(&mut self, _: QpId, _: u32, _: Option<u32>) -> Answer {
         Answer::Done(())
     }
     fn event(&mut self, qp: QpId, event: Event) {

@@ -115,6 +115,8 @@ fn general() -> C {
         .with(C::QKV, 1)
         .with(C::PKV, 1)
         .with(C::SET_DETH_SQPN, 1)
+        .with(C::CQ_RESIZE, 1)
+        .with(C::CQ_MODERATION, 1)
         .with(C::XRC, 1)
         .with(C::UD, 1)
         .with(C::UC, 1)

@@ -193,6 +193,7 @@ fn run(
         Opcode::DESTROY_EQ => queues::destroy_eq(hca, execution, command),
         Opcode::CREATE_CQ => queues::create_cq(hca, execution, command),
         Opcode::QUERY_CQ => queues::query_cq(hca, command),
+        Opcode::MODIFY_CQ => queues::modify_cq(hca, port, command),
         Opcode::DESTROY_CQ => queues::destroy_cq(hca, execution, command),
         Opcode::CREATE_MKEY => memory::create_mkey(hca, execution, command),
         Opcode::QUERY_MKEY => memory::query_mkey(hca, command),

@@ -4,16 +4,19 @@ use std::sync::Arc;
 
 use protos::mlx5::Layout;
 use protos::mlx5::cmd::Status;
-use protos::mlx5::commands::{CONTEXT, CreateEq, PAGES};
-use protos::mlx5::cq::Cqc;
+use protos::mlx5::commands::{CONTEXT, CreateEq, MODIFY_CQ_RESIZE, ModifyCq, PAGES};
+use protos::mlx5::cq::{
+    Cqc, MODIFY_COUNT, MODIFY_PERIOD, RESIZE_LOG_PAGE_SIZE, RESIZE_PAGE_OFFSET, RESIZE_SIZE,
+};
 use protos::mlx5::eq::{EQE_SIZE, Eqc};
 
 use super::caps::{LOG_MAX_CQ_SIZE, LOG_MAX_EQ_SIZE};
 use super::{Command, Execution, Outcome, Reply};
 use crate::mlx5::buffer::Buffer;
-use crate::mlx5::cq::{Cq, entry_shift};
+use crate::mlx5::cq::{Cq, ResizeError, entry_shift};
 use crate::mlx5::eq::Eq;
 use crate::mlx5::hardware::Hca;
+use crate::mlx5::memory::Port;
 
 /// Where the events are in QUERY_EQ's answer.
 const QUERY_EQ_EVENTS: usize = 0x58;
@@ -95,6 +98,61 @@ pub(super) fn create_cq(hca: &Hca, execution: &mut Execution, command: Command<'
 pub(super) fn query_cq(hca: &Hca, command: Command<'_>) -> Outcome {
     let cq = hca.objects.cq(command.number()).ok_or(Status::BAD_RESOURCE)?;
     Ok(Reply::empty().with(CONTEXT, &cq.query().0))
+}
+
+/// Moderation, or another buffer.
+pub(super) fn modify_cq(hca: &Hca, port: &mut Port, command: Command<'_>) -> Outcome {
+    let cq = hca.objects.cq(command.number()).ok_or(Status::BAD_RESOURCE)?;
+    let fields = command.layout::<ModifyCq>(0)?.get(ModifyCq::FIELDS);
+    let given: Cqc = command.layout(CONTEXT)?;
+    match command.op_mod() {
+        0 if fields & !(MODIFY_PERIOD | MODIFY_COUNT) == 0 => {
+            let chosen = |bit, field| (fields & bit != 0).then(|| given.get(field));
+            let (period, count) = (
+                chosen(MODIFY_PERIOD, Cqc::PERIOD),
+                chosen(MODIFY_COUNT, Cqc::MAX_COUNT),
+            );
+            cq.moderate(port, &hca.interrupts, period, count);
+        }
+        MODIFY_CQ_RESIZE
+            if fields & RESIZE_SIZE != 0
+                && fields & !(RESIZE_SIZE | RESIZE_PAGE_OFFSET | RESIZE_LOG_PAGE_SIZE) == 0 =>
+        {
+            resize_cq(port, &cq, command, fields, given)?;
+        }
+        // The event queue, the flags: of them the driver changes none.
+        _ => return Err(Status::BAD_PARAM),
+    }
+    Ok(Reply::empty())
+}
+
+fn resize_cq(port: &mut Port, cq: &Cq, command: Command<'_>, fields: u32, given: Cqc) -> Result<(), Status> {
+    let old = cq.query();
+    let mut context = given;
+    for (bit, field) in [
+        (RESIZE_PAGE_OFFSET, Cqc::PAGE_OFFSET),
+        (RESIZE_LOG_PAGE_SIZE, Cqc::LOG_PAGE_SIZE),
+    ] {
+        if fields & bit == 0 {
+            context.set(field, old.get(field));
+        }
+    }
+    let log_size = context.get(Cqc::LOG_SIZE);
+    if log_size > LOG_MAX_CQ_SIZE || context.get(Cqc::CQE_SIZE) > 1 {
+        return Err(Status::BAD_PARAM);
+    }
+    let buffer = Buffer::parse(
+        command.rest(PAGES),
+        context.get(Cqc::LOG_PAGE_SIZE),
+        context.get(Cqc::PAGE_OFFSET),
+        1 << (log_size + entry_shift(&context)),
+    )
+    .ok_or(Status::BAD_PARAM)?;
+    cq.resize(port, &context, buffer).map_err(|error| match error {
+        ResizeError::Overflow => Status::BAD_RESOURCE_STATE,
+        ResizeError::Outstanding => Status::BAD_OUTSTANDING_CQES,
+        ResizeError::Memory => Status::BAD_PARAM,
+    })
 }
 
 pub(super) fn destroy_cq(hca: &Hca, execution: &mut Execution, command: Command<'_>) -> Outcome {

@@ -441,6 +441,36 @@ fn test_xrc_when_sent_takes_from_the_queue_that_the_packet_names() {
     assert_eq!(pair.a.statuses(), [Status::Success; 2]);
 }
 
+#[test]
+fn test_xrc_when_memory_is_asked_for_names_the_queue_with_each_question() {
+    let mut pair = Pair::connected(Options {
+        service: ServiceType::Xrc,
+        ..Options::default()
+    });
+    pair.b.node.shared.entry(6).or_default().push_back(Posted {
+        token: 60,
+        start: 0,
+        len: 4096,
+    });
+    let fetch_add = Action::FetchAdd { at: at(64), add: 1 };
+    for (action, len) in [
+        (Action::Write(at(0)), 3000),
+        (Action::Read(at(0)), 3000),
+        (fetch_add, 8),
+        (Action::SendInvalidate(0x55), 8),
+    ] {
+        pair.b.node.asked.clear();
+        pair.a.post_with(QP, action, 0, len, |r| r.xrc_srqn = 6);
+        pair.run_all();
+        let asked = &pair.b.node.asked;
+        assert!(
+            !asked.is_empty() && asked.iter().all(|srqn| *srqn == Some(6)),
+            "{action:?}: {asked:?}"
+        );
+    }
+    assert_eq!(pair.a.statuses(), [Status::Success; 4]);
+}
+
 fn to(lid: u16, dest: Qpn, global: Option<Gid>, qkey: u32) -> Datagram {
     Datagram {
         path: Path {

@@ -96,6 +96,8 @@ struct Node {
     events: Vec<(Qpn, Event)>,
     executed: Vec<u32>,
     invalidated: Vec<u32>,
+    /// The shared queues that questions about memory named.
+    asked: Vec<Option<u32>>,
     atomics: u64,
     gathered: u64,
     dice: Dice,
@@ -125,6 +127,7 @@ impl Node {
             events: Vec::new(),
             executed: Vec::new(),
             invalidated: Vec::new(),
+            asked: Vec::new(),
             atomics: 0,
             gathered: 0,
             dice: Dice::new(seed),
@@ -254,29 +257,33 @@ impl Owner for Node {
         );
         self.received.push((qp.qpn, receive.token, *received));
     }
-    fn remote_check(&mut self, qp: QpId, right: Right, at: Remote, len: u32) -> Answer {
+    fn remote_check(&mut self, qp: QpId, right: Right, asked: Asked, len: u32) -> Answer {
         if self.parks(qp, Side::Receive) {
             return Answer::Parked { done: 0 };
         }
-        self.allowed(right, at, u64::from(len))
+        self.asked.push(asked.xrc_srqn);
+        self.allowed(right, asked.at, u64::from(len))
             .map_or(Answer::Done(()), Answer::Failed)
     }
-    fn remote_write(&mut self, qp: QpId, at: Remote, data: &[u8]) -> Answer {
+    fn remote_write(&mut self, qp: QpId, Asked { at, xrc_srqn }: Asked, data: &[u8]) -> Answer {
+        self.asked.push(xrc_srqn);
         match self.allowed(Right::Write, at, data.len() as u64) {
             Some(status) => Answer::Failed(status),
             None => self.copy_in(qp, Side::Receive, at.va, data),
         }
     }
-    fn remote_read(&mut self, qp: QpId, at: Remote, into: &mut [u8]) -> Answer {
+    fn remote_read(&mut self, qp: QpId, Asked { at, xrc_srqn }: Asked, into: &mut [u8]) -> Answer {
+        self.asked.push(xrc_srqn);
         match self.allowed(Right::Read, at, into.len() as u64) {
             Some(status) => Answer::Failed(status),
             None => self.copy_out(qp, Side::Read, at.va, into),
         }
     }
-    fn remote_atomic(&mut self, qp: QpId, at: Remote, atomic: Atomic) -> Answer<u64> {
+    fn remote_atomic(&mut self, qp: QpId, Asked { at, xrc_srqn }: Asked, atomic: Atomic) -> Answer<u64> {
         if self.parks(qp, Side::Receive) {
             return Answer::Parked { done: 0 };
         }
+        self.asked.push(xrc_srqn);
         if !at.va.is_multiple_of(8) {
             return Answer::Failed(Status::RemoteInvalidRequest);
         }
@@ -294,10 +301,11 @@ impl Owner for Node {
         word.copy_from_slice(&new.to_le_bytes());
         Answer::Done(old)
     }
-    fn invalidate(&mut self, qp: QpId, rkey: u32) -> Answer {
+    fn invalidate(&mut self, qp: QpId, rkey: u32, xrc_srqn: Option<u32>) -> Answer {
         if self.parks(qp, Side::Receive) {
             return Answer::Parked { done: 0 };
         }
+        self.asked.push(xrc_srqn);
         self.invalidated.push(rkey);
         Answer::Done(())
     }
