@@ -9,7 +9,7 @@
 //!
 //! # What is not implemented
 //! On-demand paging, CQ moderation and resize, BlueFlame, DC, DevX, device memory, signature, Ethernet ports, more than
-//! one port. None of that is advertised.
+//! one port. None of that is advertised. (On-demand paging is there but for the capability `pg`.)
 
 mod access;
 mod buffer;
@@ -17,6 +17,7 @@ mod cmdq;
 mod commands;
 mod cq;
 mod eq;
+mod faults;
 mod hardware;
 mod iseg;
 mod memory;

@@ -6,7 +6,7 @@ use protos::mlx5::Layout;
 use protos::mlx5::cmd::Status;
 use protos::mlx5::commands::{CONTEXT, CreateEq, PAGES};
 use protos::mlx5::cq::Cqc;
-use protos::mlx5::eq::{EQE_SIZE, Eqc};
+use protos::mlx5::eq::{EQE_SIZE, Eqc, Event};
 
 use super::caps::{LOG_MAX_CQ_SIZE, LOG_MAX_EQ_SIZE};
 use super::{Command, Execution, Outcome, Reply};
@@ -60,6 +60,9 @@ pub(super) fn destroy_eq(hca: &Hca, execution: &mut Execution, command: Command<
     }
     let eq = hca.objects.remove_eq(eqn).ok_or(Status::BAD_RESOURCE)?;
     eq.destroy();
+    if eq.takes(Event::PAGE_FAULT) {
+        hca.fail_faults();
+    }
     execution.eqns.give_back(u32::from(eqn));
     Ok(Reply::empty())
 }
