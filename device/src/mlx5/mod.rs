@@ -8,8 +8,8 @@
 //! commands; each shard has one.
 //!
 //! # What is not implemented
-//! On-demand paging, CQ moderation and resize, BlueFlame, DC, DevX, device memory, signature, Ethernet ports, more than
-//! one port. None of that is advertised. (On-demand paging is there but for the capability `pg`.)
+//! CQ moderation and resize, BlueFlame, DC, DevX, device memory, signature, Ethernet ports, more than
+//! one port. None of that is advertised.
 
 mod access;
 mod buffer;

@@ -126,6 +126,7 @@ fn general() -> C {
         .with(C::NULL_MKEY, 1)
         .with(C::IMAICL, 1)
         .with(C::ATOMIC, 1)
+        .with(C::PG, 1)
         .with(C::BLOCK_LB_MC, 1)
         .with(C::QKV, 1)
         .with(C::PKV, 1)
