@@ -150,3 +150,24 @@ fn test_driver_when_reloaded_binds_again() {
     let complaints = guest.power_off().unwrap();
     assert!(complaints.is_empty(), "{complaints:?}");
 }
+
+#[test]
+fn test_on_demand_paging_when_used_in_the_guest_verifies_its_data() {
+    let device = Device::mlx5(&[]);
+    let mut guest = hca_guest!("mlx5-odp", &device);
+    let info = run(&mut guest, "ibv_devinfo -v", SOON);
+    assert!(info.contains("ODP_SUPPORT"), "{info}");
+    for program in [
+        "ibv_rc_pingpong -c -o",
+        "ibv_rc_pingpong -c -o -s 1048576 -n 20",
+        "ibv_srq_pingpong -c -o",
+        // All of the address space under one key.
+        "ibv_rc_pingpong -c -O",
+    ] {
+        pingpong(&mut guest, program);
+    }
+    let said = complaints(&mut guest);
+    assert!(said.is_empty(), "{said:#?}");
+    let complaints = guest.power_off().unwrap();
+    assert!(complaints.is_empty(), "{complaints:?}");
+}

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use protos::mlx5::mkey::AccessMode;
 
+use super::faults::Missing;
 use super::memory::Port;
 use super::mkey::{Mkey, Mkeys, Place};
 use crate::atc::{Access, Fill, FillRefused, Guard, PageSize};
@@ -60,6 +61,8 @@ pub(super) enum Trouble {
     Absent {
         /// Bytes.
         done: usize,
+        /// What is absent.
+        missing: Missing,
     },
     /// It is not there and will not come.
     Violation,
@@ -175,9 +178,12 @@ pub(super) fn atomic(
 
 impl Trouble {
     /// The same with bytes before it.
-    fn after(self, before: usize) -> Self {
+    pub(super) fn after(self, before: usize) -> Self {
         match self {
-            Self::Absent { done } => Self::Absent { done: done + before },
+            Self::Absent { done, missing } => Self::Absent {
+                done: done + before,
+                missing,
+            },
             Self::Violation => Self::Violation,
         }
     }
@@ -215,6 +221,14 @@ fn look(
     if !mkeys.is_current(mkey) {
         return Err(Trouble::Violation);
     }
+    let absent = || Trouble::Absent {
+        done: 0,
+        missing: Missing {
+            key: mkey.key(),
+            va,
+            len: len as u64,
+        },
+    };
     let within = |left: u64| len.min(usize::try_from(left).unwrap_or(usize::MAX));
     match mkey.place(va) {
         Place::Key { key, va, left } => Ok(Found::Key {
@@ -222,9 +236,9 @@ fn look(
             va,
             len: within(left),
         }),
-        Place::Absent => Err(Trouble::Absent { done: 0 }),
+        Place::Absent => Err(absent()),
         Place::Outside => Err(Trouble::Violation),
-        Place::Memory { writable: false, .. } if access == Access::Write => Err(Trouble::Absent { done: 0 }),
+        Place::Memory { writable: false, .. } if access == Access::Write => Err(absent()),
         Place::Memory { iova, left, writable } => {
             for shift in [mkey.page.min(LARGEST), SMALLEST] {
                 let size = PageSize::new(shift as u8).expect("between 4 KiB and 2 MiB");

@@ -80,11 +80,11 @@ impl Eq {
         self.door.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes an event; the interrupt follows if the queue is armed.
-    pub(super) fn post(&self, port: &mut Port, interrupts: &Interrupts, eqe: &Eqe) {
+    /// Writes an event; the interrupt follows if the queue is armed. Whether there was room for it.
+    pub(super) fn post(&self, port: &mut Port, interrupts: &Interrupts, eqe: &Eqe) -> bool {
         let mut producer = self.producer.lock().unwrap_or_else(PoisonError::into_inner);
         if self.destroyed.load(Ordering::SeqCst) {
-            return;
+            return false;
         }
         let index = *producer;
         let size = 1u32 << self.log_size;
@@ -98,14 +98,14 @@ impl Eq {
                     "an event queue is full; events are lost"
                 );
             }
-            return;
+            return false;
         }
         let (iova, _) = self.buffer.at(u64::from(index & (size - 1)) * EQE_SIZE);
         let mut eqe = *eqe;
         eqe.owner = (index >> self.log_size & 1) as u8;
         if let Err(error) = port.hand_over(iova, eqe.as_bytes()) {
             tracing::warn!(eqn = self.eqn, iova, %error, "an event cannot be written");
-            return;
+            return false;
         }
         *producer = index.wrapping_add(1) & MASK;
         let mut door = self.door();
@@ -113,6 +113,7 @@ impl Eq {
         if std::mem::take(&mut door.armed) {
             interrupts.trigger(self.vector);
         }
+        true
     }
 
     /// The driver's doorbell. Never waits.

@@ -10,6 +10,7 @@ use protos::mlx5::pci;
 use super::commands::{self, Execution};
 use super::cq::Cq;
 use super::eq::Eq;
+use super::faults::Faults;
 use super::iseg::InitSegment;
 use super::memory::Port;
 use super::mkey::Mkeys;
@@ -26,7 +27,7 @@ use crate::transport::Time;
 
 /// An HCA.
 ///
-/// Lock order: `execution`, a shard, an SRQ, a CQ, an EQ's producer, an EQ's door; the tables of `objects` and the
+/// Lock order: `execution`, a shard, the page faults, a shard's inbox; a shard, an SRQ, a CQ, an EQ's producer, an EQ's door; the tables of `objects` and the
 /// mkeys are taken for a look-up only, with nothing taken meanwhile. The thread that serves the client takes the
 /// table of EQs, an EQ's door and a shard's inbox, and a reset all of them.
 #[derive(Debug)]
@@ -47,6 +48,7 @@ pub(super) struct Hca {
     /// What the driver says that it can do on the port (PortInfo's capability mask).
     pub(super) port_capabilities: Capabilities,
     pub(super) adapter: Adapter,
+    pub(super) faults: Faults,
     pub(super) counters: Counters,
 }
 
@@ -134,6 +136,7 @@ impl Hca {
             arm_halves: words(pci::END_UAR),
             port_capabilities: Capabilities::default(),
             adapter,
+            faults: Faults::default(),
             counters: Counters::default(),
         }
     }
@@ -185,6 +188,7 @@ impl Hca {
                 "commands_failed": count(&self.counters.commands_failed),
                 "completions": count(&self.counters.completions),
                 "page_faults": count(&self.counters.page_faults),
+                "page_faults_open": self.faults.len(),
                 "objects": objects,
                 "transport": self.shards.iter().map(|shard| shard.stats()).collect::<Vec<_>>(),
                 "tlb": self.atc.stats(),
@@ -197,11 +201,11 @@ impl Hca {
         })
     }
 
-    /// An asynchronous event, to the queue that takes its type; else nobody wants it.
-    pub(super) fn event(&self, port: &mut Port, event: Event, eqe: &Eqe) {
-        if let Some(eq) = self.objects.eq_for(event) {
-            eq.post(port, &self.interrupts, eqe);
-        }
+    /// An asynchronous event, to the queue that takes its type; else nobody wants it. Whether it was written.
+    pub(super) fn event(&self, port: &mut Port, event: Event, eqe: &Eqe) -> bool {
+        self.objects
+            .eq_for(event)
+            .is_some_and(|eq| eq.post(port, &self.interrupts, eqe))
     }
 
     /// The shard that a queue pair belongs to.
@@ -256,6 +260,7 @@ impl Hca {
         for shard in &self.shards {
             shard.reset();
         }
+        self.faults.clear();
         self.port_capabilities.set(0);
         self.objects.clear();
         self.mkeys.clear();

@@ -16,6 +16,8 @@ use crate::atc::{Atc, Purge, SpaceId};
 pub(super) const NULL_MKEY: u32 = 2 << 8;
 /// Below are reserved indexes: 1 ends receive lists, 2 is [`NULL_MKEY`].
 const FIRST: u32 = 0x10;
+/// Logarithms of the pages of keys. (Keys whose every access is to fault have one page of 2 EiB.)
+const PAGES: std::ops::RangeInclusive<u32> = 12..=61;
 /// Translations that all keys of an HCA have together: 512 GiB of 4 KiB pages.
 const MAX_TRANSLATIONS: u64 = 1 << 27;
 
@@ -310,7 +312,7 @@ impl Mkeys {
             _ => return Err(Refused::Parameter),
         };
         let paged = matches!(table, Table::Pages(_) | Table::Keys { fixed: true, .. });
-        if paged && !context.is_set(Mkc::FREE) && !(12..=40).contains(&page) {
+        if paged && !context.is_set(Mkc::FREE) && !PAGES.contains(&page) {
             return Err(Refused::Parameter);
         }
         self.charge(table.len())?;
@@ -353,7 +355,7 @@ impl Mkeys {
         if let Some(context) = &context {
             let paged = matches!(context.mode(), AccessMode::MTT | AccessMode::KSM);
             let page = context.get(Mkc::LOG_PAGE_SIZE);
-            if paged && !context.is_set(Mkc::FREE) && !(12..=40).contains(&page) {
+            if paged && !context.is_set(Mkc::FREE) && !PAGES.contains(&page) {
                 return Err(Refused::Parameter);
             }
         }

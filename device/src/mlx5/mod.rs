@@ -8,7 +8,7 @@
 //! commands; each shard has one.
 //!
 //! # What is not implemented
-//! On-demand paging, BlueFlame, DC, DevX, device memory, signature, Ethernet ports, more than
+//! BlueFlame, DC, DevX, device memory, signature, Ethernet ports, more than
 //! one port. None of that is advertised.
 
 mod access;
@@ -17,6 +17,7 @@ mod cmdq;
 mod commands;
 mod cq;
 mod eq;
+mod faults;
 mod hardware;
 mod iseg;
 mod memory;

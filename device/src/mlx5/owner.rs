@@ -14,6 +14,7 @@ use zerocopy::FromBytes;
 
 use super::access::{self, Bytes, Trouble};
 use super::cq::{Cq, Posted};
+use super::faults::Waiter;
 use super::hardware::Hca;
 use super::memory::Port;
 use super::mkey::{Asker, Mkey, Right as KeyRight};
@@ -23,7 +24,7 @@ use super::srq::Srq;
 use super::umr::{self, Source, Umr};
 use super::wqe::{self, Piece, Pieces};
 use crate::transport::{
-    Answer, Asked, Atomic, Event, Owner, QpId, Receive, Received, Request, Right, Status,
+    Answer, Asked, Atomic, Event, Owner, QpId, Receive, Received, Request, Right, Side, Status,
 };
 
 /// Types of queues in events (`DATA_QUEUE_TYPE`), in the upper byte.
@@ -116,6 +117,7 @@ impl ShardOwner<'_> {
     /// Copies bytes `offset..` of a message from or to the pieces of a WQE.
     fn pieces(
         &mut self,
+        side: Side,
         asker: Asker,
         wqe: &[u8],
         pieces: Pieces<'_>,
@@ -161,7 +163,7 @@ impl ShardOwner<'_> {
                         Bytes::From(from) => Bytes::From(&from[done..done + step]),
                     };
                     if let Err(trouble) = access::copy(self.port, &self.hca.mkeys, &mkey, at, &mut part) {
-                        return refuse(trouble, Status::LocalProtection);
+                        return self.absent(asker.qpn, side, trouble.after(done), Status::LocalProtection);
                     }
                 }
             }
@@ -242,6 +244,17 @@ impl ShardOwner<'_> {
         }
     }
 
+    /// Memory could not be had: the side waits for the page if there is one to wait for, else the request ends so.
+    fn absent<T>(&mut self, qpn: u32, side: Side, trouble: Trouble, refused: Status) -> Answer<T> {
+        let waiter = Waiter { qpn, side, refused };
+        match trouble {
+            Trouble::Absent { done, missing } if self.hca.page_fault(self.port, missing, waiter) => {
+                Answer::Parked { done: done as u32 }
+            }
+            Trouble::Absent { .. } | Trouble::Violation => Answer::Failed(refused),
+        }
+    }
+
     fn remote_copy(&mut self, qp: QpId, right: Right, asked: Asked, mut bytes: Bytes<'_>) -> Answer {
         let len = match &bytes {
             Bytes::Into(to) => to.len(),
@@ -253,7 +266,14 @@ impl ShardOwner<'_> {
         };
         match access::copy(self.port, &self.hca.mkeys, &mkey, asked.at.va, &mut bytes) {
             Ok(()) => Answer::Done(()),
-            Err(trouble) => refuse(trouble, Status::RemoteAccess),
+            Err(trouble) => {
+                let side = if right == Right::Read {
+                    Side::Read
+                } else {
+                    Side::Receive
+                };
+                self.absent(qp.qpn.get(), side, trouble, Status::RemoteAccess)
+            }
         }
     }
 
@@ -275,13 +295,6 @@ impl ShardOwner<'_> {
 
 /// Syndrome of a CQ error event: overrun.
 const CQ_OVERRUN: u8 = 1;
-
-/// Without on-demand paging an absent page does not come.
-fn refuse(trouble: Trouble, status: Status) -> Answer {
-    match trouble {
-        Trouble::Absent { .. } | Trouble::Violation => Answer::Failed(status),
-    }
-}
 
 impl Owner for ShardOwner<'_> {
     fn fetch(&mut self, id: QpId, index: u32) -> Answer<Option<Request>> {
@@ -314,11 +327,11 @@ impl Owner for ShardOwner<'_> {
     }
 
     fn gather(&mut self, id: QpId, request: &Request, offset: u32, into: &mut [u8]) -> Answer {
-        self.message(id, request, offset, Bytes::Into(into))
+        self.message(id, Side::Send, request, offset, Bytes::Into(into))
     }
 
     fn scatter_response(&mut self, id: QpId, request: &Request, offset: u32, data: &[u8]) -> Answer {
-        self.message(id, request, offset, Bytes::From(data))
+        self.message(id, Side::Response, request, offset, Bytes::From(data))
     }
 
     fn execute(&mut self, id: QpId, request: &Request) -> Answer {
@@ -445,7 +458,14 @@ impl Owner for ShardOwner<'_> {
         };
         let wqe = &wqe[..1 << stride];
         let pieces = Pieces::of_receive(wqe, begin);
-        self.pieces(asker, wqe, pieces, u64::from(offset), Bytes::From(data))
+        self.pieces(
+            Side::Receive,
+            asker,
+            wqe,
+            pieces,
+            u64::from(offset),
+            Bytes::From(data),
+        )
     }
 
     fn complete_receive(&mut self, id: QpId, receive: &Receive, received: &Received) {
@@ -527,7 +547,8 @@ impl Owner for ShardOwner<'_> {
         };
         match access::atomic(self.port, &self.hca.mkeys, &mkey, asked.at.va, operate) {
             Ok(before) => Answer::Done(before),
-            Err(_) => Answer::Failed(Status::RemoteAccess),
+            // Nothing has been done to the word: the operation is made once, when its page is there.
+            Err(trouble) => self.absent(id.qpn.get(), Side::Receive, trouble, Status::RemoteAccess),
         }
     }
 
@@ -578,46 +599,48 @@ impl ShardOwner<'_> {
         let wqe = std::mem::take(&mut qp.wqe.bytes);
         let result = self.register_as(&wqe, Asker { pd, qpn }, registers);
         find(self.qps, id).wqe.bytes = wqe;
-        match result {
-            Ok(()) => Answer::Done(()),
-            Err(status) => Answer::Failed(status),
-        }
+        result
     }
 
-    fn register_as(&mut self, wqe: &[u8], asker: Asker, registers: bool) -> Result<(), Status> {
-        let umr = Umr::parse(wqe).ok_or(Status::LocalOperation)?;
-        let mkey = self.hca.mkeys.at(umr.index).ok_or(Status::WindowBind)?;
-        if !umr.is_allowed(&mkey, asker.pd, registers) {
-            return Err(Status::WindowBind);
-        }
+    fn register_as(&mut self, wqe: &[u8], asker: Asker, registers: bool) -> Answer {
+        let Some(umr) = Umr::parse(wqe) else {
+            return Answer::Failed(Status::LocalOperation);
+        };
+        let mkey = self.hca.mkeys.at(umr.index);
+        let Some(mkey) = mkey.filter(|mkey| umr.is_allowed(mkey, asker.pd, registers)) else {
+            return Answer::Failed(Status::WindowBind);
+        };
         let mut list = vec![0; umr.bytes];
         match umr.source {
             Source::None => {}
             Source::Inline(at) => list.copy_from_slice(&wqe[at..at + umr.bytes]),
             Source::Memory { lkey, va } => {
                 let table = self.hca.mkeys.find(lkey);
-                let table = table
-                    .filter(|key| key.allows(asker, va, umr.bytes as u64, KeyRight::LocalRead))
-                    .ok_or(Status::LocalProtection)?;
-                access::copy(
-                    self.port,
-                    &self.hca.mkeys,
-                    &table,
-                    va,
-                    &mut Bytes::Into(&mut list),
-                )
-                .map_err(|_| Status::LocalProtection)?;
+                let table = table.filter(|key| key.allows(asker, va, umr.bytes as u64, KeyRight::LocalRead));
+                let Some(table) = table else {
+                    return Answer::Failed(Status::LocalProtection);
+                };
+                let mut bytes = Bytes::Into(&mut list);
+                if let Err(trouble) = access::copy(self.port, &self.hca.mkeys, &table, va, &mut bytes) {
+                    // The whole list is read again then; the key has not been touched.
+                    return self.absent(asker.qpn, Side::Send, trouble, Status::LocalProtection);
+                }
             }
         }
         let context = umr.changed(&mkey.context);
-        self.hca
+        // The completion comes after this: whoever used what was there before has ended.
+        match self
+            .hca
             .mkeys
             .change(&self.hca.atc, &mkey, context, umr.offset, &list)
-            .map_err(|_| Status::WindowBind)
+        {
+            Ok(()) => Answer::Done(()),
+            Err(_) => Answer::Failed(Status::WindowBind),
+        }
     }
 
     /// Bytes `offset..` of a request's local message.
-    fn message(&mut self, id: QpId, request: &Request, offset: u32, bytes: Bytes<'_>) -> Answer {
+    fn message(&mut self, id: QpId, side: Side, request: &Request, offset: u32, bytes: Bytes<'_>) -> Answer {
         if let Err(status) = self.load(id, request.index) {
             return Answer::Failed(status);
         }
@@ -631,7 +654,7 @@ impl ShardOwner<'_> {
         // A WQE that the driver has overwritten since may be anything.
         let data = qp.wqe.parsed.as_ref().map_or(wqe.len(), |parsed| parsed.data);
         let pieces = Pieces::of_send(&wqe, data);
-        let answer = self.pieces(asker, &wqe, pieces, u64::from(offset), bytes);
+        let answer = self.pieces(side, asker, &wqe, pieces, u64::from(offset), bytes);
         find(self.qps, id).wqe.bytes = wqe;
         answer
     }

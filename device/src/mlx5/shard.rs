@@ -16,7 +16,9 @@ use super::memory::Port;
 use super::owner::{Qps, ShardOwner};
 use super::qp::{Changes, Qp, merge, transition};
 use crate::fabric::{Endpoint, PortChange, Wake};
-use crate::transport::{Link, Settings, State as TransportState, Time, Transport};
+use crate::transport::{
+    Link, Settings, Side, State as TransportState, Status as TransportStatus, Time, Transport,
+};
 
 /// Changes of the port that wait to be told.
 const MOST_CHANGES: usize = 16;
@@ -40,8 +42,13 @@ struct Letters {
     woken: bool,
     /// What became of the port.
     ports: Vec<(u8, PortChange)>,
+    /// Page faults that are over.
+    resumes: Vec<Resume>,
     stop: bool,
 }
+
+/// Half of a queue pair, and whether its page has come.
+type Resume = (u32, Side, Result<(), TransportStatus>);
 
 /// What a worker found.
 #[derive(Debug, Default)]
@@ -50,6 +57,7 @@ struct Mail {
     arms: HashMap<u32, u32>,
     moderated: HashSet<u32>,
     ports: Vec<(u8, PortChange)>,
+    resumes: Vec<Resume>,
 }
 
 impl Wake for Inbox {
@@ -89,6 +97,7 @@ impl Inbox {
             && letters.arms.is_empty()
             && letters.moderated.is_empty()
             && letters.ports.is_empty()
+            && letters.resumes.is_empty()
         {
             letters = match limit {
                 None => self.rung.wait(letters).unwrap_or_else(PoisonError::into_inner),
@@ -109,6 +118,7 @@ impl Inbox {
             arms: std::mem::take(&mut letters.arms),
             moderated: std::mem::take(&mut letters.moderated),
             ports: std::mem::take(&mut letters.ports),
+            resumes: std::mem::take(&mut letters.resumes),
         })
     }
 }
@@ -265,6 +275,18 @@ impl Shard {
         });
     }
 
+    /// A page fault is over.
+    pub(super) fn resume(&self, qpn: u32, side: Side, result: Result<(), TransportStatus>) {
+        self.inbox
+            .put(|letters| letters.resumes.push((qpn, side, result)));
+    }
+
+    /// What the queue pair was to be told of page faults is void.
+    pub(super) fn forget(&self, qpn: u32) {
+        self.inbox
+            .put(|letters| letters.resumes.retain(|(number, ..)| *number != qpn));
+    }
+
     /// The worker ends.
     pub(super) fn stop(&self) {
         self.inbox.put(|letters| letters.stop = true);
@@ -284,6 +306,7 @@ impl Shard {
         letters.arms.clear();
         letters.moderated.clear();
         state.moderated.clear();
+        letters.resumes.clear();
     }
 
     /// The worker's life.
@@ -302,6 +325,9 @@ impl Shard {
             let (transport, mut owner, link) = state.parts(hca);
             for qpn in mail.rings {
                 transport.ring(Qpn::new(qpn));
+            }
+            for (qpn, side, result) in mail.resumes {
+                transport.resume(Qpn::new(qpn), side, result);
             }
             let poll = transport.poll(hca.now(), &mut owner, link);
             let next = transport.poll_at().map(|at| hca.now().until(at));
@@ -362,6 +388,7 @@ impl Shard {
             .transport
             .destroy(Qpn::new(qpn))
             .map_err(|_| Status::BAD_RESOURCE)?;
+        hca.forget_faults(qpn);
         state.keys.remove(&qpn);
         state.qps[key] = None;
         Ok(())
@@ -413,6 +440,7 @@ impl Shard {
         qp.context.set(Qpc::STATE, u32::from(to.0));
         if to == QpState::RST {
             qp.rewind();
+            hca.forget_faults(qpn);
         }
         let target = match to {
             QpState::RST => TransportState::Reset,

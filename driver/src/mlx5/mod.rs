@@ -9,12 +9,14 @@ mod command;
 mod error;
 mod memory;
 mod objects;
+mod paging;
 mod queue_pair;
 mod xrc;
 
 pub use error::Mlx5Error;
 pub use memory::{HcaMemory, IOVA_BASE, Region};
 pub use objects::{CompletionQueue, EventQueue, MemoryKey};
+pub use paging::PageFault;
 pub use queue_pair::{Connection, QueuePair, SendRequest, Service};
 pub use xrc::XrcReceiveQueue;
 
@@ -85,6 +87,7 @@ impl Hca {
         let mut wanted = self.capabilities(caps::Kind::GENERAL)?;
         wanted.splice(0..0, [0; 8]);
         self.command(Opcode::SET_HCA_CAP, caps::SET_GENERAL, &wanted, 16)?;
+        self.choose_paging()?;
         self.simple(Opcode::QUERY_PAGES, 2, 0)?;
         self.simple(Opcode::INIT_HCA, 0, 0)?;
         self.uar = self.number(Opcode::ALLOC_UAR)?;

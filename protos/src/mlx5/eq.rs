@@ -118,6 +118,24 @@ impl Eqe {
     }
 }
 
+/// Sub type of [`Event::PAGE_FAULT`] in the memory scheme.
+pub const PAGE_FAULT_MEMORY: u8 = 2;
+/// Flag of a page fault: the last event of its token, which is to be resumed.
+pub const PAGE_FAULT_LAST: u8 = 1 << 7;
+
+/// A page fault of the memory scheme: `pages` of 4 KiB from `va` on are absent under `key`.
+#[must_use]
+pub fn page_fault(flags: u8, token: u64, pages: u32, key: u32, va: u64) -> Eqe {
+    Eqe::new(Event::PAGE_FAULT, PAGE_FAULT_MEMORY)
+        .with(0, u32::from(flags) << 24)
+        .with(1, (token >> 32) as u32 & 0xffff)
+        .with(2, token as u32)
+        .with(3, pages << 12)
+        .with(4, key)
+        .with(5, (va >> 32) as u32)
+        .with(6, va as u32)
+}
+
 /// Sub types of [`Event::PORT_CHANGE`].
 pub mod port_change {
     /// The port went down.

@@ -1,6 +1,6 @@
 //! Capabilities: nothing is promised that is not done.
 
-use protos::mlx5::caps::{AtomicCap, HcaCap as C, Kind, SET_ATOMIC, SET_GENERAL, SIZE};
+use protos::mlx5::caps::{AtomicCap, HcaCap as C, Kind, OdpCap, SET_ATOMIC, SET_GENERAL, SET_ODP, SIZE, odp};
 use protos::mlx5::cmd::Status;
 use protos::mlx5::commands::CONTEXT;
 use protos::mlx5::{Layout, iseg};
@@ -34,6 +34,7 @@ pub(super) const MAX_RECEIVE_WQE: u32 = 512;
 pub(super) struct Caps {
     general: C,
     atomic: AtomicCap,
+    paging: OdpCap,
 }
 
 impl Caps {
@@ -42,7 +43,14 @@ impl Caps {
         Self {
             general: general(),
             atomic: atomic(),
+            // Which scheme of page faults is used is the driver's choice.
+            paging: paging().with(OdpCap::MEM_PAGE_FAULT, 0),
         }
+    }
+
+    /// Whether the driver has chosen to be told of page faults by key and address.
+    pub(super) fn faults_by_memory(&self) -> bool {
+        self.paging.is_set(OdpCap::MEM_PAGE_FAULT)
     }
 
     /// QUERY_HCA_CAP: largest and current.
@@ -53,6 +61,8 @@ impl Caps {
             (Kind::GENERAL, false) => general().0,
             (Kind::ATOMIC, true) => self.atomic.0,
             (Kind::ATOMIC, false) => atomic().0,
+            (Kind::ODP, true) => self.paging.0,
+            (Kind::ODP, false) => paging().0,
             // Kinds of what this device does not have.
             _ => return Err(Status::BAD_PARAM),
         };
@@ -80,6 +90,11 @@ impl Caps {
                     return Err(Status::BAD_PARAM);
                 }
                 self.atomic.set(AtomicCap::REQ_8B_ENDIANNESS_MODE, mode);
+            }
+            SET_ODP => {
+                let wanted = OdpCap::from_prefix(wanted);
+                let memory = wanted.get(OdpCap::MEM_PAGE_FAULT);
+                self.paging.set(OdpCap::MEM_PAGE_FAULT, memory);
             }
             _ => return Err(Status::BAD_PARAM),
         }
@@ -111,6 +126,7 @@ fn general() -> C {
         .with(C::NULL_MKEY, 1)
         .with(C::IMAICL, 1)
         .with(C::ATOMIC, 1)
+        .with(C::PG, 1)
         .with(C::BLOCK_LB_MC, 1)
         .with(C::QKV, 1)
         .with(C::PKV, 1)
@@ -139,4 +155,19 @@ fn atomic() -> AtomicCap {
         .with(AtomicCap::SUPPORTED_REQ_8B_ENDIANNESS_MODE_1, 1)
         .with(AtomicCap::OPERATIONS, 3)
         .with(AtomicCap::SIZE_QP, 8)
+}
+
+/// Page faults by key and address only: of the other scheme (by work request) nothing is set. A driver that does not
+/// know this one sees that no transport can do it.
+fn paging() -> OdpCap {
+    OdpCap::zeroed()
+        .with(OdpCap::MEMORY_SIG, 1)
+        // What drivers ask for before they choose this scheme. An event names all pages that its request still needs.
+        .with(OdpCap::MEMORY_PAGE_PREFETCH, 1)
+        .with(
+            OdpCap::MEMORY_RC,
+            odp::SEND | odp::RECEIVE | odp::WRITE | odp::READ | odp::ATOMIC | odp::SRQ_RECEIVE,
+        )
+        .with(OdpCap::MEMORY_UD, odp::SEND)
+        .with(OdpCap::MEM_PAGE_FAULT, 1)
 }

@@ -2,11 +2,12 @@
 
 use protos::mlx5::Layout;
 use protos::mlx5::cmd::Status;
-use protos::mlx5::commands::{CONTEXT, CreateMkey, PAGES};
+use protos::mlx5::commands::{CONTEXT, CreateMkey, PAGES, PageFaultResume};
 use protos::mlx5::mkey::Mkc;
 
 use super::{Command, Execution, Outcome, Reply};
 use crate::mlx5::hardware::Hca;
+use crate::mlx5::memory::Port;
 use crate::mlx5::mkey::Refused;
 
 fn status(refused: Refused) -> Status {
@@ -44,4 +45,15 @@ pub(super) fn query_mkey(hca: &Hca, command: Command<'_>) -> Outcome {
 pub(super) fn destroy_mkey(hca: &Hca, command: Command<'_>) -> Outcome {
     hca.mkeys.destroy(&hca.atc, command.number()).map_err(status)?;
     Ok(Reply::empty())
+}
+
+pub(super) fn page_fault_resume(hca: &Hca, port: &mut Port, command: Command<'_>) -> Outcome {
+    let fields: PageFaultResume = command.layout(0)?;
+    let token = u64::from(fields.get(PageFaultResume::TOKEN_47_32)) << 32
+        | u64::from(fields.get(PageFaultResume::TOKEN_31_0));
+    if hca.resume_fault(port, token, fields.is_set(PageFaultResume::ERROR)) {
+        Ok(Reply::empty())
+    } else {
+        Err(Status::BAD_RESOURCE)
+    }
 }

@@ -181,7 +181,11 @@ fn run(
         Opcode::QUERY_SPECIAL_CONTEXTS => setup::query_special_contexts(),
         Opcode::ACCESS_REG => setup::access_register(hca, command),
         Opcode::QUERY_HCA_CAP => execution.caps.query(command.op_mod()),
-        Opcode::SET_HCA_CAP => execution.caps.set(command.op_mod(), command.rest(0x10)),
+        Opcode::SET_HCA_CAP => {
+            let reply = execution.caps.set(command.op_mod(), command.rest(0x10))?;
+            hca.faults.choose(execution.caps.faults_by_memory());
+            Ok(reply)
+        }
         Opcode::ALLOC_PD => setup::allocate(&mut execution.pds),
         Opcode::DEALLOC_PD => setup::free(&mut execution.pds, command),
         Opcode::ALLOC_UAR => setup::allocate(&mut execution.uars),
@@ -198,6 +202,7 @@ fn run(
         Opcode::CREATE_MKEY => memory::create_mkey(hca, execution, command),
         Opcode::QUERY_MKEY => memory::query_mkey(hca, command),
         Opcode::DESTROY_MKEY => memory::destroy_mkey(hca, command),
+        Opcode::PAGE_FAULT_RESUME => memory::page_fault_resume(hca, port, command),
         Opcode::CREATE_RMP => srq::create_rmp(hca, execution, command),
         Opcode::MODIFY_RMP => srq::modify_rmp(hca, command),
         Opcode::QUERY_RMP => srq::query_rmp(hca, port, command),

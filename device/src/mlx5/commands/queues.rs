@@ -8,7 +8,7 @@ use protos::mlx5::commands::{CONTEXT, CreateEq, MODIFY_CQ_RESIZE, ModifyCq, PAGE
 use protos::mlx5::cq::{
     Cqc, MODIFY_COUNT, MODIFY_PERIOD, RESIZE_LOG_PAGE_SIZE, RESIZE_PAGE_OFFSET, RESIZE_SIZE,
 };
-use protos::mlx5::eq::{EQE_SIZE, Eqc};
+use protos::mlx5::eq::{EQE_SIZE, Eqc, Event};
 
 use super::caps::{LOG_MAX_CQ_SIZE, LOG_MAX_EQ_SIZE};
 use super::{Command, Execution, Outcome, Reply};
@@ -63,6 +63,9 @@ pub(super) fn destroy_eq(hca: &Hca, execution: &mut Execution, command: Command<
     }
     let eq = hca.objects.remove_eq(eqn).ok_or(Status::BAD_RESOURCE)?;
     eq.destroy();
+    if eq.takes(Event::PAGE_FAULT) {
+        hca.fail_faults();
+    }
     execution.eqns.give_back(u32::from(eqn));
     Ok(Reply::empty())
 }
