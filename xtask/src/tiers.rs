@@ -21,6 +21,9 @@ struct Step {
 /// How often the soak runs each GRU test in each doorbell mode.
 const GRU_ROUNDS: &str = "20";
 
+/// Rounds of the soak's tests that count rounds; those that have a whole form run that.
+const ROUNDS: &str = "200";
+
 /// Runs of the hammer, each of which takes as long as it is told.
 const HAMMERS: u64 = 5;
 
@@ -322,11 +325,11 @@ pub fn soak(minutes: u64, fuzz_minutes: u64, guest_rounds: u64) -> anyhow::Resul
         let mut command = integration(&root, Tier::Sandbox);
         command
             .env("TLBRIDGE_HAMMER_SECONDS", (minutes * 60).to_string())
-            .env("TLBRIDGE_ROUNDS", "200")
+            .env("TLBRIDGE_ROUNDS", ROUNDS)
             .env("TLBRIDGE_GRU_ROUNDS", GRU_ROUNDS);
         let log = logs.join("soak.log");
         println!(
-            "== soak: hammer of {minutes} minutes, 200 rounds where rounds count, each GRU test {GRU_ROUNDS} times"
+            "== soak: hammer of {minutes} minutes, {ROUNDS} rounds where rounds count, each GRU test {GRU_ROUNDS} times"
         );
         let limit = Duration::from_secs(minutes * 60 * HAMMERS) + 180 * MINUTE;
         let outcome = step("soak", &mut command, &log, limit)?;
@@ -349,9 +352,13 @@ pub fn soak(minutes: u64, fuzz_minutes: u64, guest_rounds: u64) -> anyhow::Resul
     if guest_rounds > 0 {
         totals.skips.extend(lab::provide(true)?);
         let mut command = integration(&root, Tier::Guest);
-        command.env("TLBRIDGE_GUEST_ROUNDS", guest_rounds.to_string());
+        command
+            .env("TLBRIDGE_GUEST_ROUNDS", guest_rounds.to_string())
+            .env("TLBRIDGE_ROUNDS", ROUNDS);
         let log = logs.join("soak-guest.log");
-        println!("== soak: guests, {guest_rounds} rounds of the driver's own tests in each mode");
+        println!(
+            "== soak: guests, {guest_rounds} rounds of the driver's own tests in each mode, all of rdma-core's on rxe"
+        );
         // 300 rounds take half an hour where nothing else runs.
         let limit = 60 * MINUTE + MINUTE * u32::try_from(guest_rounds / 2).unwrap_or(u32::MAX / 64);
         let outcome = step("soak-guest", &mut command, &log, limit)?;
