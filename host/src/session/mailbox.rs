@@ -191,7 +191,6 @@ impl Mailbox {
             self.space.chain().record(round);
             let nanoseconds = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
             self.stats.by_event.of(event).record(nanoseconds);
-            self.stats.starts.fetch_add(1, Ordering::Relaxed);
         }
         true
     }
@@ -221,6 +220,8 @@ impl Mailbox {
                 };
                 match self.space.start(range, token) {
                     Ok((started, round)) => {
+                        // Before the answer: who has one, is counted.
+                        self.stats.starts.fetch_add(1, Ordering::Relaxed);
                         let lost = self.put_open(index, started);
                         if let Some(lost) = lost {
                             // The application has made the slot a request while it was being served.
