@@ -1,6 +1,7 @@
 //! Guests for tests: what the lab has, a device process for each, the guest.
 
 pub mod counters;
+pub mod findings;
 
 use std::path::PathBuf;
 

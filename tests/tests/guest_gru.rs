@@ -1,5 +1,6 @@
 //! The kernel's own sgi-gru driver, compiled without a change, on our device, in every way to reach the device's
-//! memory. What runs in the guest is `gru-guest` (tests/guest); here are the device's side and the verdicts.
+//! memory. What runs in the guest is `gru-guest` (tests/guest); here are the device's side and the verdicts. Every device
+//! has its sanitizer on, which may find nothing but what is broken on purpose.
 //!
 //! Short forms, unless `TLBRIDGE_GUEST_ROUNDS` says how many rounds of the driver's own tests to run: the others
 //! then take longer in proportion (`cargo xtask soak`).
@@ -8,7 +9,9 @@ use std::time::Duration;
 
 use lab::guest::Guest;
 use lab::initramfs::Initramfs;
+use serde_json::Value;
 use tests::guest::counters::Counters;
+use tests::guest::findings::{assert_faultless, assert_stale_fills};
 use tests::guest::{Device, Rig};
 use tests::guest_or_skip;
 use tests::processes::binary;
@@ -111,7 +114,7 @@ impl Subject {
         more: &[&str],
         (cpus, memory_mib): (u32, u64),
     ) -> Self {
-        let mut device = Device::gru(&[&["--doorbell", doorbell], more].concat());
+        let mut device = Device::gru(&[&["--doorbell", doorbell, "--sanitize"], more].concat());
         let mut spec = rig.spec(&format!("gru-{name}-{doorbell}"), files, &[&device]);
         (spec.cpus, spec.memory_mib) = (cpus, memory_mib);
         let mut guest = Guest::start(&spec, None).unwrap_or_else(|e| panic!("{doorbell}: {e}"));
@@ -162,9 +165,21 @@ impl Subject {
         self.counted = Counters::read(&mut self.guest, &mut self.device);
     }
 
-    fn end(self) {
+    /// Ends the guest; what the device's sanitizer has found.
+    fn findings(mut self) -> Value {
         let complaints = self.guest.power_off().unwrap();
         assert!(complaints.is_empty(), "{}: {complaints:?}", self.doorbell);
+        self.device.findings()
+    }
+
+    fn end(self) {
+        let doorbell = self.doorbell;
+        let findings = self.findings();
+        assert_faultless(doorbell, &findings);
+        println!(
+            "{doorbell}: the sanitizer has checked {} accesses and fills, 0 defects",
+            findings["checked"]
+        );
     }
 }
 
@@ -235,7 +250,7 @@ fn test_driver_when_engines_poll_passes_every_suite() {
 }
 
 #[test]
-fn test_stale_dropins_when_held_back_are_refused_and_without_the_kill_bit_are_found() {
+fn test_stale_dropins_when_held_back_are_refused_and_without_the_kill_bit_are_reported() {
     let rig = guest_or_skip!();
     let Some(files) = files(&rig, &[]) else {
         return;
@@ -267,7 +282,13 @@ fn test_stale_dropins_when_held_back_are_refused_and_without_the_kill_bit_are_fo
                 contradictions.is_empty(),
                 "{doorbell}, {switch}: {contradictions:#?}"
             );
-            subject.end();
+            if code == 0 {
+                subject.end();
+            } else {
+                let findings = subject.findings();
+                println!("{doorbell}, {switch}: {} defects", findings["defects"]);
+                assert_stale_fills(doorbell, &findings, &finished.output);
+            }
         }
     }
 }
@@ -310,6 +331,8 @@ fn test_driver_when_there_are_18_processors_and_5_gib_serves_all() {
             },
             5 * MINUTE,
         );
-        subject.guest.power_off().unwrap();
+        let guest = subject.guest;
+        guest.power_off().unwrap();
+        assert_faultless(doorbell, &subject.device.findings());
     }
 }

@@ -59,7 +59,7 @@ struct Pager {
 impl Pager {
     /// What is marked present in the key's table, and nothing else: done when this returns.
     fn load(&mut self, hca: &Hca, paged: &Paged) {
-        let entry = |page: usize| paged.region.iova + page as u64 * PAGE | MTT_READ | MTT_WRITE;
+        let entry = |page: usize| (paged.region.iova + page as u64 * PAGE) | MTT_READ | MTT_WRITE;
         let table: Vec<u64> = (0..PAGES)
             .map(|page| if paged.present[page] { entry(page) } else { 0 })
             .collect();

@@ -21,6 +21,9 @@ struct Step {
 /// How often the soak runs each GRU test in each doorbell mode.
 const GRU_ROUNDS: &str = "20";
 
+/// Rounds of the soak's tests that count rounds; those that have a whole form run that.
+const ROUNDS: &str = "200";
+
 /// Runs of the hammer, each of which takes as long as it is told.
 const HAMMERS: u64 = 5;
 
@@ -322,11 +325,11 @@ pub fn soak(minutes: u64, fuzz_minutes: u64, guest_rounds: u64) -> anyhow::Resul
         let mut command = integration(&root, Tier::Sandbox);
         command
             .env("TLBRIDGE_HAMMER_SECONDS", (minutes * 60).to_string())
-            .env("TLBRIDGE_ROUNDS", "200")
+            .env("TLBRIDGE_ROUNDS", ROUNDS)
             .env("TLBRIDGE_GRU_ROUNDS", GRU_ROUNDS);
         let log = logs.join("soak.log");
         println!(
-            "== soak: hammer of {minutes} minutes, 200 rounds where rounds count, each GRU test {GRU_ROUNDS} times"
+            "== soak: hammer of {minutes} minutes, {ROUNDS} rounds where rounds count, each GRU test {GRU_ROUNDS} times"
         );
         let limit = Duration::from_secs(minutes * 60 * HAMMERS) + 180 * MINUTE;
         let outcome = step("soak", &mut command, &log, limit)?;

@@ -33,6 +33,9 @@
 //!
 //! * `offset < TFM` (a control block) or `TGH <= offset < CBE`: ring as above (`mfence` first).
 //! * everything else (TFM, CBE, TFH, CCH): nothing.
+//! * In [`Mode::POLL`], for a TGH and `awake` not 0: ring all the same if its command still stands after a while (20 us).
+//!   An engine that is awake may be without a processor, and who flushes spins with a lock held. The ring has the
+//!   TGH executed by whoever takes it.
 //!
 //! The hook is called for flushes before a read too; those rings are superfluous, and harmless. User programs have
 //! no hook: they ring themselves after they have stored DW0 of a control block.

@@ -142,6 +142,29 @@ pte_t tlbridge_huge_pte(pte_t *entry, unsigned long vaddr)
 	return pfn_pte(pfn, __pgprot(pmd_flags(pmd) & ~_PAGE_PSE));
 }
 
+/*
+ * How long an engine that is awake may take to begin with a TGH. One that has its processor needs a few microseconds.
+ */
+#define ENGINE_PATIENCE_US	20
+
+/*
+ * Whether an engine ends the flush in that time. The word is what the driver is going to wait for, with preemption
+ * off and in most cases a lock held; the device clears the command with the status. The clock is the one that the
+ * driver itself takes its time from.
+ */
+static bool engine_flushes(volatile void *line)
+{
+	volatile unsigned long *word = line;
+	cycles_t begin = get_cycles();
+
+	while (*word & 1) {
+		if (get_cycles() - begin > (cycles_t)tsc_khz * ENGINE_PATIENCE_US / 1000)
+			return false;
+		cpu_relax();
+	}
+	return true;
+}
+
 /* The rule of protos/src/gru/doorbell.rs. */
 void tlbridge_flush_cache(volatile void *line)
 {
@@ -157,6 +180,12 @@ void tlbridge_flush_cache(volatile void *line)
 	offset = ((unsigned long)line - (unsigned long)dev->chiplets) & (TLBRIDGE_CHIPLET_BYTES - 1);
 	if (offset >= GRU_TFM_BASE && (offset < GRU_TGH_BASE || offset >= GRU_CBE_BASE))
 		return;
-	if (dev->mode == TLBRIDGE_BELL || !readl(dev->registers + TLBRIDGE_STATUS_AWAKE))
-		writel(1, dev->registers + TLBRIDGE_DOORBELL);
+	/*
+	 * An engine that counts as awake may have lost its processor, to this guest perhaps. The thread of the device that
+	 * takes the ring executes TGHs itself, and this processor is free until that has been answered.
+	 */
+	if (dev->mode == TLBRIDGE_POLL && readl(dev->registers + TLBRIDGE_STATUS_AWAKE) &&
+	    (offset < GRU_TGH_BASE || engine_flushes(line)))
+		return;
+	writel(1, dev->registers + TLBRIDGE_DOORBELL);
 }
