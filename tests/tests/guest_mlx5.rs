@@ -164,7 +164,7 @@ fn test_on_demand_paging_when_used_in_the_guest_verifies_its_data() {
         // All of the address space under one key.
         "ibv_rc_pingpong -c -O",
     ] {
-        pingpong(&mut guest, program);
+        pingpong(&mut guest, program, "iters in");
     }
     let said = complaints(&mut guest);
     assert!(said.is_empty(), "{said:#?}");

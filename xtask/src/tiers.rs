@@ -28,7 +28,12 @@ const ROUNDS: &str = "200";
 const HAMMERS: u64 = 5;
 
 /// Tests that need no process, socket or privilege beyond their own process.
-const IN_PROCESS: &[&str] = &["gru_in_process", "gru_nonsleeping", "mlx5_in_process"];
+const IN_PROCESS: &[&str] = &[
+    "gru_in_process",
+    "gru_nonsleeping",
+    "mlx5_in_process",
+    "mlx5_paging",
+];
 
 /// Tests that boot guests in QEMU: `guest_*.rs`.
 const GUEST: &str = "guest_";
