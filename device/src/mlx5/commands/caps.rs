@@ -131,7 +131,9 @@ fn general() -> C {
         .with(C::QKV, 1)
         .with(C::PKV, 1)
         .with(C::SET_DETH_SQPN, 1)
+        .with(C::CQ_OI, 1)
         .with(C::CQ_RESIZE, 1)
+        .with(C::CQE_128_ALWAYS, 1)
         .with(C::CQ_MODERATION, 1)
         .with(C::XRC, 1)
         .with(C::UD, 1)
@@ -169,5 +171,9 @@ fn paging() -> OdpCap {
             odp::SEND | odp::RECEIVE | odp::WRITE | odp::READ | odp::ATOMIC | odp::SRQ_RECEIVE,
         )
         .with(OdpCap::MEMORY_UD, odp::SEND)
+        .with(
+            OdpCap::MEMORY_XRC,
+            odp::SEND | odp::WRITE | odp::READ | odp::ATOMIC | odp::SRQ_RECEIVE,
+        )
         .with(OdpCap::MEM_PAGE_FAULT, 1)
 }
