@@ -359,6 +359,7 @@ pub struct VmArgs {
     pub device_arg: Vec<std::ffi::OsString>,
     /// Guests that run at once, each with a device of its own. COMMAND runs in all of them, with GUEST_INDEX (from 0)
     /// and GUESTS in its environment; its lines have the index before them. --device is dealt out in order.
+    /// The ports of their HCAs are on one fabric.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
     pub guests: u32,
     /// Which of Debian's kernels.

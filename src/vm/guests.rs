@@ -57,6 +57,7 @@ pub(super) fn prepare(
         ensure!(args.doorbell.is_none(), "{}", only_gru("--doorbell"));
     }
     let each = args.device.len() / count;
+    let mut fabric = None;
     (0..args.guests)
         .map(|index| {
             let (log, log_is_temporary) = match &args.log {
@@ -71,7 +72,8 @@ pub(super) fn prepare(
             let mut device = None;
             if let Some(model) = args.model.and_then(VmModel::device) {
                 let socket = directory.path().join("device.sock");
-                let arguments = device_args(args);
+                let mut arguments = device_args(args);
+                arguments.extend(fabric_args(args, directory.path(), &mut fabric));
                 device = Some(crate::device::start(
                     model,
                     directory.path(),
@@ -349,6 +351,17 @@ fn device_args(args: &VmArgs) -> Vec<OsString> {
     all
 }
 
+/// The ports of several guests' HCAs are on one fabric: the first device's. `first` is its socket, once there is one.
+fn fabric_args(args: &VmArgs, directory: &Path, first: &mut Option<PathBuf>) -> Vec<OsString> {
+    let says = |argument: &OsString| argument.to_string_lossy().starts_with("--fabric");
+    if args.model != Some(VmModel::Mlx5) || args.guests < 2 || args.device_arg.iter().any(says) {
+        return Vec::new();
+    }
+    let mut url = OsString::from(if first.is_some() { "unix:" } else { "listen:unix:" });
+    url.push(first.get_or_insert_with(|| directory.join("fabric.sock")));
+    args!["--fabric", url]
+}
+
 /// `vm.log`, or `vm-1.log` if there are several guests.
 fn log_of(log: &Path, index: u32, guests: u32) -> PathBuf {
     if guests == 1 {
@@ -401,6 +414,35 @@ mod tests {
         // The HCA has none.
         assert!(of("mlx5", &[]).is_empty());
         assert_eq!(of("mlx5", &["--device-arg=--workers=4"]), ["--workers=4"]);
+    }
+
+    #[test]
+    fn test_fabric_when_of_several_guests_is_the_first_ones() {
+        use clap::Parser;
+        let of = |more: &[&str]| -> Vec<String> {
+            let words = [&["tlbridge", "vm", "--model", "mlx5"], more].concat();
+            let Some(crate::cli::Command::Vm(args)) = crate::cli::Cli::try_parse_from(words).unwrap().command
+            else {
+                panic!("another command");
+            };
+            let mut first = None;
+            (0..args.guests)
+                .map(|index| {
+                    let own = fabric_args(&args, &PathBuf::from(format!("/{index}")), &mut first);
+                    own.join(" ".as_ref()).into_string().unwrap()
+                })
+                .collect()
+        };
+        assert_eq!(of(&[]), [""]);
+        assert_eq!(
+            of(&["--guests", "3"]),
+            [
+                "--fabric listen:unix:/0/fabric.sock",
+                "--fabric unix:/0/fabric.sock",
+                "--fabric unix:/0/fabric.sock"
+            ]
+        );
+        assert_eq!(of(&["--guests", "2", "--device-arg=--fabric=inside"]), ["", ""]);
     }
 
     #[test]
