@@ -13,9 +13,10 @@ use driver::mlx5::{
 use protos::mlx5::Layout;
 use protos::mlx5::caps::{HcaCap, Kind};
 use protos::mlx5::cmd::{Opcode, Status};
+use protos::mlx5::commands::{CONTEXT, Output, PAGES};
 use protos::mlx5::cq::{CqeOpcode, Syndrome};
 use protos::mlx5::eq::{DATA_NUMBER, Event};
-use protos::mlx5::mkey::{MTT_READ, MTT_WRITE, Mkc, mask};
+use protos::mlx5::mkey::{ANY_QP, AccessMode, MTT_READ, MTT_WRITE, Mkc, mask};
 use protos::mlx5::qp::{Qpc, State};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use tests::in_process::InProcess;
@@ -105,6 +106,15 @@ impl Rig {
     fn completion(&mut self, side: usize) -> protos::mlx5::cq::Cqe {
         self.hca.wait_completion(&mut self.cqs[side]).unwrap()
     }
+}
+
+/// The number of what a command with a context at `at` makes.
+fn make(hca: &Hca, opcode: Opcode, at: usize, context: &[u8], pages: &[u64]) -> u32 {
+    let mut input = vec![0; PAGES];
+    input[at..at + context.len()].copy_from_slice(context);
+    input.extend(pages.iter().flat_map(|page| page.to_be_bytes()));
+    let output = hca.command(opcode, 0, &input[8..], 16).unwrap();
+    Output::from_prefix(&output).get(Output::NUMBER)
 }
 
 #[test]
@@ -532,4 +542,28 @@ fn test_dump_when_queues_have_worked_shows_registers_objects_and_counters() {
         .sum();
     // The data and its acknowledgement, at least.
     assert!(sent >= 2, "{stats}");
+}
+
+#[test]
+fn test_physical_key_when_changed_by_work_request_reaches_what_it_reached() {
+    let mut rig = rig(Service::Rc);
+    let context = Mkc::zeroed()
+        .with(Mkc::MODE_LOW, u32::from(AccessMode::PA.0))
+        .with(Mkc::UMR_ENABLE, 1)
+        .with(Mkc::LENGTH64, 1)
+        .with(Mkc::QPN, ANY_QP)
+        .with(Mkc::PD, rig.pd)
+        .with(Mkc::LOCAL_WRITE, 1);
+    let index = make(&rig.hca, Opcode::CREATE_MKEY, CONTEXT, &context.0, &[]);
+    let key = MemoryKey { key: index << 8 };
+    let values = Mkc::zeroed().with(Mkc::REMOTE_WRITE, 1);
+    rig.hca
+        .post_registration(&mut rig.qps[0], key, mask::RW, &values, &[])
+        .unwrap();
+    assert_eq!(rig.completion(0).opcode(), CqeOpcode::REQUESTER);
+    let sent = rig.fill(0, 21, 5000);
+    let iova = rig.regions[1].iova;
+    rig.send(SendRequest::Write(iova, key.key), VA, 5000);
+    assert_eq!(rig.completion(0).opcode(), CqeOpcode::REQUESTER);
+    assert_eq!(rig.contents(1, 0, 5000), sent);
 }

@@ -286,14 +286,10 @@ impl Mkeys {
         given: u32,
         bytes: &[u8],
     ) -> Result<u32, Refused> {
-        let mut page = context.get(Mkc::LOG_PAGE_SIZE);
+        let page = page(context)?;
         let given = bytes.get(..given as usize * 16).ok_or(Refused::TooShort)?;
         let table = match context.mode() {
-            AccessMode::PA => {
-                // A page that never ends; the ATC enters what is mapped.
-                page = 40;
-                Table::Physical
-            }
+            AccessMode::PA => Table::Physical,
             AccessMode::MTT => {
                 let present = if pg_access { 0 } else { MTT_READ | MTT_WRITE };
                 Table::Pages(
@@ -311,10 +307,6 @@ impl Mkeys {
             },
             _ => return Err(Refused::Parameter),
         };
-        let paged = matches!(table, Table::Pages(_) | Table::Keys { fixed: true, .. });
-        if paged && !context.is_set(Mkc::FREE) && !PAGES.contains(&page) {
-            return Err(Refused::Parameter);
-        }
         self.charge(table.len())?;
         let Some(index) = self.numbers().take() else {
             self.translations.fetch_sub(table.len(), Ordering::SeqCst);
@@ -352,17 +344,15 @@ impl Mkeys {
         offset: u64,
         translations: &[u8],
     ) -> Result<(), Refused> {
-        if let Some(context) = &context {
-            let paged = matches!(context.mode(), AccessMode::MTT | AccessMode::KSM);
-            let page = context.get(Mkc::LOG_PAGE_SIZE);
-            if paged && !context.is_set(Mkc::FREE) && !PAGES.contains(&page) {
-                return Err(Refused::Parameter);
+        let new = match context {
+            Some(context) => {
+                let page = page(&context)?;
+                Some(self.make(mkey.index, context, page, Arc::clone(&mkey.table)))
             }
-        }
+            None => None,
+        };
         self.translate(mkey, offset, translations)?;
-        if let Some(context) = context {
-            let page = context.get(Mkc::LOG_PAGE_SIZE);
-            let new = self.make(mkey.index, context, page, Arc::clone(&mkey.table));
+        if let Some(new) = new {
             let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
             match table.get(&mkey.index) {
                 Some(now) if Arc::ptr_eq(now, mkey) => table.insert(mkey.index, new),
@@ -434,6 +424,20 @@ impl Mkeys {
     pub(super) fn describe(&self, max: usize) -> Vec<serde_json::Value> {
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
         table.values().take(max).map(|mkey| mkey.describe()).collect()
+    }
+}
+
+/// Logarithm of the bytes of a page of a key with that context.
+fn page(context: &Mkc) -> Result<u32, Refused> {
+    let page = context.get(Mkc::LOG_PAGE_SIZE);
+    match context.mode() {
+        // One that never ends, whatever the context says; the ATC enters what is mapped.
+        AccessMode::PA => Ok(*PAGES.end()),
+        // (A free key is used by nobody, and gets its page size when it is not free any more.)
+        AccessMode::MTT | AccessMode::KSM if !context.is_set(Mkc::FREE) && !PAGES.contains(&page) => {
+            Err(Refused::Parameter)
+        }
+        _ => Ok(page),
     }
 }
 
