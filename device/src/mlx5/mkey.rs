@@ -379,6 +379,9 @@ impl Mkeys {
             Table::Pages(_) => 8,
             Table::Keys { .. } => 16,
         };
+        if bytes.is_empty() {
+            return Ok(());
+        }
         let first = usize::try_from(offset / unit).map_err(|_| Refused::Parameter)?;
         let end = first + bytes.len() / unit as usize;
         let grown = (end as u64).saturating_sub(table.len());
@@ -449,4 +452,35 @@ fn pieces(bytes: &[u8]) -> Vec<Klm> {
         .iter()
         .map(|piece| Klm::read_from_bytes(piece).expect("sixteen bytes"))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_translations_when_all_are_beyond_the_room_of_the_key_add_nothing() {
+        let mkeys = Mkeys::new(10);
+        for mode in [AccessMode::KLM, AccessMode::MTT] {
+            let context = Mkc::zeroed()
+                .with(Mkc::MODE_LOW, u32::from(mode.0))
+                .with(Mkc::LOG_PAGE_SIZE, 12)
+                .with(Mkc::TRANSLATIONS, 4);
+            let index = mkeys.create(&context, true, 4, &[1; 64]).unwrap();
+            let mkey = mkeys.at(index).unwrap();
+            let len = || mkey.table.read().unwrap().len();
+            let before = (len(), mkeys.translations.load(Ordering::SeqCst));
+            for offset in [64, 1 << 20, 1 << 40] {
+                mkeys.translate(&mkey, offset, &[2; 64]).unwrap();
+            }
+            assert_eq!(
+                (len(), mkeys.translations.load(Ordering::SeqCst)),
+                before,
+                "{mode:?}"
+            );
+            // Of what is partly beyond it the rest is dropped.
+            mkeys.translate(&mkey, 32, &[2; 64]).unwrap();
+            assert_eq!(len(), before.0, "{mode:?}");
+        }
+    }
 }

@@ -11,13 +11,15 @@ use protos::mlx5::cmd::{Opcode, Status};
 use protos::mlx5::eq::{Eqe, Event, port_change};
 use protos::mlx5::qp::{Qpc, ServiceType, State as QpState};
 
+use super::commands::{LOG_MAX_MCG, MAX_QP_MCG};
 use super::hardware::Hca;
 use super::memory::Port;
 use super::owner::{Qps, ShardOwner};
 use super::qp::{Changes, Qp, merge, transition};
 use crate::fabric::{Endpoint, PortChange, Wake};
 use crate::transport::{
-    Link, Settings, Side, State as TransportState, Status as TransportStatus, Time, Transport,
+    Config, Link, Settings, Side, State as TransportState, Status as TransportStatus, Time, Transport,
+    TransportError,
 };
 
 /// Changes of the port that wait to be told.
@@ -219,6 +221,15 @@ impl State {
     }
 }
 
+/// A transport without queue pairs, which keeps what the capabilities promise.
+fn transport() -> Transport {
+    Transport::new(Config {
+        max_groups: 1 << LOG_MAX_MCG,
+        max_members: MAX_QP_MCG as usize,
+        ..Config::default()
+    })
+}
+
 impl Shard {
     pub(super) fn new(inbox: Arc<Inbox>, port: Port, endpoint: Endpoint) -> Self {
         Self {
@@ -227,7 +238,7 @@ impl Shard {
             state: Mutex::new(State {
                 port,
                 endpoint,
-                transport: Transport::default(),
+                transport: transport(),
                 keys: HashMap::new(),
                 qps: Vec::new(),
                 failed: Vec::new(),
@@ -295,7 +306,7 @@ impl Shard {
     /// No queue pairs; the worker touches nothing of before.
     pub(super) fn reset(&self) {
         let mut state = self.visit();
-        state.transport = Transport::default();
+        state.transport = transport();
         state.keys.clear();
         state.qps.clear();
         state.failed.clear();
@@ -470,7 +481,10 @@ impl Shard {
         } else {
             state.transport.detach(qpn, gid)
         };
-        result.map_err(|_| Status::BAD_RESOURCE)
+        result.map_err(|error| match error {
+            TransportError::Crowded(..) => Status::LIMIT,
+            _ => Status::BAD_RESOURCE,
+        })
     }
 
     pub(super) fn describe(&self, max: usize) -> Vec<serde_json::Value> {

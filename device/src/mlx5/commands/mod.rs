@@ -20,7 +20,7 @@ use super::hardware::Hca;
 use super::memory::Port;
 use super::numbers::Numbers;
 
-pub(super) use caps::{LOG_MAX_MKEY, LOG_MAX_QP};
+pub(super) use caps::{LOG_MAX_MCG, LOG_MAX_MKEY, LOG_MAX_QP, MAX_QP_MCG};
 
 /// What commands change and nothing else looks at.
 #[derive(Debug)]
