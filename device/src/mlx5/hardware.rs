@@ -254,15 +254,16 @@ impl Hca {
         let mut execution = self.execution();
         // A command that was taken before has ended, and one of before that is still to be taken finds no queue.
         self.commands.clear();
-        for door in &self.doors {
-            door.store(0, Ordering::SeqCst);
+        // Before the workers are met: what one has in its hands then finds no queue that it could arm or tell.
+        self.objects.clear();
+        for word in self.doors.iter().chain(&self.arm_halves) {
+            word.store(0, Ordering::SeqCst);
         }
         for shard in &self.shards {
             shard.reset();
         }
         self.faults.clear();
         self.port_capabilities.set(0);
-        self.objects.clear();
         self.mkeys.clear();
         *execution = Execution::new(&self.config);
         self.atc.purge(crate::atc::Purge::All);
