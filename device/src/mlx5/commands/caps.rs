@@ -131,8 +131,6 @@ fn general() -> C {
         .with(C::ATOMIC, 1)
         .with(C::PG, 1)
         .with(C::BLOCK_LB_MC, 1)
-        .with(C::QKV, 1)
-        .with(C::PKV, 1)
         .with(C::SET_DETH_SQPN, 1)
         .with(C::CQ_RESIZE, 1)
         .with(C::CQ_MODERATION, 1)
