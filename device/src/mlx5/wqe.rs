@@ -127,13 +127,10 @@ pub(super) fn parse(bytes: &[u8], index: u32, service: ServiceType, port: &PortV
     let mut request = Request {
         index,
         next: index.wrapping_add(blocks),
-        action: Action::Local,
-        len: 0,
         fence: fence(control.fm_ce_se),
         solicited: control.solicited(),
         cookie: u32::from(control.wants_cqe()) | u32::from(opcode.0) << OPCODE_SHIFT,
-        datagram: None,
-        xrc_srqn: 0,
+        ..Request::new(index, Action::Local, 0)
     };
     let parsed = body(bytes, &control, service, port, &mut request);
     if parsed.is_none() {
