@@ -588,6 +588,23 @@ fn test_physical_key_when_changed_by_work_request_reaches_what_it_reached() {
     assert_eq!(rig.contents(1, 0, 5000), sent);
 }
 
+#[test]
+fn test_event_queue_when_destroyed_by_a_number_that_is_too_large_stays() {
+    let rig = rig(Service::Rc);
+    for number in [0x100, 0x80_0000] {
+        let number = number | rig.eq.number();
+        assert!(
+            about(&rig.hca, Opcode::QUERY_EQ, number, 0x200).is_err(),
+            "{number:#x}"
+        );
+        assert!(
+            about(&rig.hca, Opcode::DESTROY_EQ, number, 16).is_err(),
+            "{number:#x}"
+        );
+    }
+    about(&rig.hca, Opcode::QUERY_EQ, rig.eq.number(), 0x200).unwrap();
+}
+
 /// A list of receive requests of 32 bytes, `1 << log_size` of them.
 fn receive_pool(rig: &Rig, log_size: u32, list: Region, record: Region) -> u32 {
     let context = Rmpc::zeroed()

@@ -123,7 +123,7 @@ impl Hca {
     ) -> Self {
         let words = |count: u32| (0..count).map(|_| AtomicU32::new(0)).collect();
         Self {
-            execution: Mutex::new(Execution::new(&config)),
+            execution: Mutex::new(Execution::new()),
             config,
             interrupts: context.interrupts,
             atc,
@@ -265,7 +265,7 @@ impl Hca {
         self.faults.clear();
         self.port_capabilities.set(0);
         self.mkeys.clear();
-        *execution = Execution::new(&self.config);
+        *execution = Execution::new();
         self.atc.purge(crate::atc::Purge::All);
     }
 }

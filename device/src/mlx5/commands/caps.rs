@@ -6,7 +6,6 @@ use protos::mlx5::commands::CONTEXT;
 use protos::mlx5::{Layout, iseg};
 
 use super::{Outcome, Reply};
-use crate::mlx5::Mlx5Config;
 
 pub(super) const LOG_MAX_PD: u32 = 16;
 pub(super) const LOG_MAX_XRCD: u32 = 10;
@@ -41,8 +40,7 @@ pub(super) struct Caps {
 }
 
 impl Caps {
-    pub(super) fn new(config: &Mlx5Config) -> Self {
-        let _ = config;
+    pub(super) fn new() -> Self {
         Self {
             general: general(),
             atomic: atomic(),

@@ -15,7 +15,6 @@ use protos::mlx5::cmd::{Opcode, Status};
 use protos::mlx5::commands::{Input, Output};
 use protos::mlx5::{Layout, pci};
 
-use super::Mlx5Config;
 use super::hardware::Hca;
 use super::memory::Port;
 use super::numbers::Numbers;
@@ -36,9 +35,9 @@ pub(super) struct Execution {
 }
 
 impl Execution {
-    pub(super) fn new(config: &Mlx5Config) -> Self {
+    pub(super) fn new() -> Self {
         Self {
-            caps: caps::Caps::new(config),
+            caps: caps::Caps::new(),
             pds: Numbers::new(1, 1 << caps::LOG_MAX_PD),
             xrcds: Numbers::new(1, 1 << caps::LOG_MAX_XRCD),
             uars: Numbers::new(pci::FIRST_UAR, pci::END_UAR),
