@@ -14,7 +14,7 @@ use super::faults::Faults;
 use super::iseg::InitSegment;
 use super::memory::Port;
 use super::mkey::Mkeys;
-use super::port::{Capabilities, PORT, PortView};
+use super::port::{Capabilities, PortView};
 use super::shard::Shard;
 use super::srq::Srq;
 use super::uar::Doorbell;
@@ -161,11 +161,7 @@ impl Hca {
 
     /// The port as it stands.
     pub(super) fn port_view(&self) -> PortView {
-        let status = self
-            .adapter
-            .port(PORT)
-            .expect("the adapter was made with this port");
-        PortView::of(&status)
+        PortView::of(&self.adapter)
     }
 
     /// For `tlbridge inspect`; `stats` is also what `tlbridge vm --device-stats` shows.
@@ -183,7 +179,7 @@ impl Hca {
             "model": "mlx5",
             "stats": {
                 "registers": self.iseg.describe(),
-                "port": { "capabilities": format!("{:#x}", self.port_capabilities.get()), "lid": self.port_view().lid.0, "active": self.port_view().active },
+                "port": { "capabilities": format!("{:#x}", self.port_capabilities.get()), "lid": self.port_view().lid.0, "active": self.port_view().is_active() },
                 "commands": count(&self.counters.commands),
                 "commands_failed": count(&self.counters.commands_failed),
                 "completions": count(&self.counters.completions),

@@ -180,7 +180,7 @@ fn way(path: &Ads, port: &PortView) -> Path {
     dgid[8..].copy_from_slice(&path.wide(Ads::RGID_L).to_be_bytes());
     Path {
         port: 1,
-        slid: port.source(path.get(Ads::MLID)),
+        slid: port.lid,
         dlid: Lid(path.get(Ads::RLID) as u16),
         sl: path.get(Ads::SL) as u8,
         global: path.is_set(Ads::GRH).then(|| Global {

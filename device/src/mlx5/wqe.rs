@@ -125,7 +125,6 @@ pub(super) fn parse(bytes: &[u8], index: u32, service: ServiceType, port: &PortV
     let blocks = bytes.len().div_ceil(BLOCK) as u32;
     let opcode = control.opcode();
     let mut request = Request {
-        index,
         next: index.wrapping_add(blocks),
         fence: fence(control.fm_ce_se),
         solicited: control.solicited(),
@@ -249,7 +248,7 @@ fn datagram(bytes: &[u8], port: &PortView) -> Option<(Datagram, usize)> {
     let datagram = Datagram {
         path: Path {
             port: 1,
-            slid: port.source(u32::from(av.fl_mlid & 0x7f)),
+            slid: port.lid,
             dlid: Lid(av.rlid.get()),
             sl: av.stat_rate_sl & 0xf,
             global,

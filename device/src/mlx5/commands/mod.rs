@@ -222,7 +222,7 @@ fn run(
         | Opcode::TO_ERR_QP
         | Opcode::TO_RST_QP => qp::modify(hca, opcode, command),
         Opcode::MAD_IFC => ports::mad_ifc(hca, command),
-        Opcode::QUERY_HCA_VPORT_CONTEXT => ports::query_vport_context(hca, command),
+        Opcode::QUERY_HCA_VPORT_CONTEXT => ports::query_vport_context(hca),
         Opcode::ATTACH_TO_MCG => ports::multicast(hca, command, true),
         Opcode::DETACH_FROM_MCG => ports::multicast(hca, command, false),
         _ => Err(Status::BAD_OP),
