@@ -20,6 +20,7 @@ use super::memory::Port;
 use super::mkey::{Asker, Mkey, Right as KeyRight};
 use super::port::PortView;
 use super::qp::Qp;
+use super::shard::Failed;
 use super::srq::Srq;
 use super::umr::{self, Source, Umr};
 use super::wqe::{self, Piece, Pieces};
@@ -42,7 +43,7 @@ pub(super) struct ShardOwner<'a> {
     pub(super) port: &'a mut Port,
     pub(super) qps: &'a mut Qps,
     /// Queue pairs that have ended a request with an error: their receive queues may have to be flushed later.
-    pub(super) failed: &'a mut Vec<u32>,
+    pub(super) failed: &'a mut Failed,
 }
 
 /// A queue pair that the transport knows.
@@ -178,8 +179,8 @@ impl ShardOwner<'_> {
     }
 
     fn note(&mut self, qpn: u32, status: Status) {
-        if status != Status::Success && !self.failed.contains(&qpn) {
-            self.failed.push(qpn);
+        if status != Status::Success {
+            self.failed.add(qpn);
         }
     }
 
