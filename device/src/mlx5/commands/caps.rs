@@ -130,7 +130,9 @@ fn general() -> C {
         .with(C::PG, 1)
         .with(C::BLOCK_LB_MC, 1)
         .with(C::SET_DETH_SQPN, 1)
+        .with(C::CQ_OI, 1)
         .with(C::CQ_RESIZE, 1)
+        .with(C::CQE_128_ALWAYS, 1)
         .with(C::CQ_MODERATION, 1)
         .with(C::XRC, 1)
         .with(C::UD, 1)
@@ -168,5 +170,9 @@ fn paging() -> OdpCap {
             odp::SEND | odp::RECEIVE | odp::WRITE | odp::READ | odp::ATOMIC | odp::SRQ_RECEIVE,
         )
         .with(OdpCap::MEMORY_UD, odp::SEND)
+        .with(
+            OdpCap::MEMORY_XRC,
+            odp::SEND | odp::WRITE | odp::READ | odp::ATOMIC | odp::SRQ_RECEIVE,
+        )
         .with(OdpCap::MEM_PAGE_FAULT, 1)
 }
