@@ -46,7 +46,7 @@ pub(super) fn create_eq(hca: &Hca, execution: &mut Execution, command: Command<'
 }
 
 fn eqn(command: Command<'_>) -> Result<u8, Status> {
-    u8::try_from(command.number() & 0xff).map_err(|_| Status::BAD_RESOURCE)
+    u8::try_from(command.number()).map_err(|_| Status::BAD_RESOURCE)
 }
 
 pub(super) fn query_eq(hca: &Hca, command: Command<'_>) -> Outcome {
