@@ -248,6 +248,7 @@ pub fn test(only: &[String], keep_going: bool) -> anyhow::Result<bool> {
             .skips
             .push("cargo-deny is not installed (cargo install cargo-deny): deny.toml not checked".into());
     }
+    println!("left out (long forms): cargo xtask soak");
     summary(&totals, &failed_steps, begin.elapsed());
     Ok(failed_steps.is_empty() && totals.failed == 0)
 }
@@ -281,7 +282,6 @@ fn summary(totals: &Totals, failed_steps: &[&str], took: Duration) {
     if !failed_steps.is_empty() {
         println!("failed steps: {}", failed_steps.join(", "));
     }
-    println!("left out (long forms): cargo xtask soak");
     let failed = totals.failed.max(failed_steps.len() as u64);
     println!(
         "{} passed, {} failed, {} skipped",
