@@ -22,6 +22,10 @@ pub struct Config {
     pub max_held: usize,
     /// Requests that one flush ends: more than a queue holds.
     pub max_flush: usize,
+    /// Multicast groups that have members here.
+    pub max_groups: usize,
+    /// Queue pairs here that one group may have.
+    pub max_members: usize,
     /// Shorter ACK timeouts become this: both ends are programs that may not run for a while.
     pub min_ack_timeout: Duration,
     /// Shorter payload is not lent: it is copied twice in less time than it takes to lend it.
@@ -41,6 +45,8 @@ impl Default for Config {
             max_outstanding: 512,
             max_held: 64,
             max_flush: 1 << 17,
+            max_groups: 256,
+            max_members: 240,
             min_ack_timeout: Duration::from_millis(4),
             least_loan: 4097,
             receive_batch: 64,
