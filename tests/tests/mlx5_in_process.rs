@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use device::fabric::Fabric;
 use device::mlx5::{Mlx5, Mlx5Config};
 use device::model::Model;
 use driver::backing::Backing;
@@ -562,6 +563,64 @@ fn test_dump_when_queues_have_worked_shows_registers_objects_and_counters() {
         .sum();
     // The data and its acknowledgement, at least.
     assert!(sent >= 2, "{stats}");
+}
+
+#[test]
+fn test_write_and_send_when_between_two_hcas_of_a_process_are_copied_once() {
+    let fabric = Fabric::new();
+    let make = |node_guid| {
+        let config = Mlx5Config {
+            node_guid,
+            fabric: fabric.clone(),
+            ..Mlx5Config::default()
+        };
+        let (backing, model) = InProcess::build(|context| Mlx5::new(context, config)).expect("an HCA");
+        (Hca::new(Arc::new(backing), MEMORY).expect("bring-up"), model)
+    };
+    let ends = [make(0x10_0000), make(0x20_0000)];
+    let lids = [0, 1].map(|side: usize| ends[side].0.lid().unwrap());
+    let mut sides = ends.each_ref().map(|(hca, _)| {
+        let pd = hca.protection_domain().unwrap();
+        let eq = hca.event_queue(6, 0, 1).unwrap();
+        let cq = hca.completion_queue(6, &eq).unwrap();
+        let qp = hca.queue_pair(Service::Rc, pd, 5, &cq, &cq).unwrap();
+        let region = hca.memory().take(1 << 20).unwrap();
+        let key = hca.memory_key(pd, region, VA, &RIGHTS).unwrap();
+        (eq, cq, qp, region, key)
+    });
+    let numbers = [sides[0].2.number(), sides[1].2.number()];
+    for side in [0, 1] {
+        let to = Connection {
+            qpn: numbers[1 - side],
+            lid: lids[1 - side],
+            retries: 7,
+            timeout: 14,
+        };
+        ends[side].0.connect(&mut sides[side].2, to).unwrap();
+    }
+    const LEN: usize = 300_000;
+    let bytes: Vec<u8> = (0..LEN).map(|at| (at / 7) as u8).collect();
+    let ([near, far], [a, b]) = (ends.each_ref().map(|(hca, _)| hca), &mut sides);
+    near.memory().write(a.3.iova, &bytes);
+    for (request, offset) in [
+        (SendRequest::Write(VA + 0x700, b.4.key), 0x700),
+        (SendRequest::Send(None), 0x6_0000),
+    ] {
+        far.post_receive(&mut b.2, b.4, VA + 0x6_0000, LEN as u32);
+        near.post_send(&mut a.2, request, a.4, VA, LEN as u32).unwrap();
+        let cqe = near.wait_completion(&mut a.1).unwrap();
+        assert_eq!(cqe.opcode(), CqeOpcode::REQUESTER, "{cqe:?}");
+        let mut got = vec![0; LEN];
+        far.memory().read(b.3.iova + offset, &mut got);
+        assert_eq!(got, bytes, "{request:?}");
+    }
+    let dump = ends[0].1.dump();
+    let count = |name: &str| -> u64 {
+        let shards = dump["stats"]["transport"].as_array().unwrap();
+        shards.iter().map(|shard| shard[name].as_u64().unwrap()).sum()
+    };
+    // Five segments each.
+    assert_eq!((count("lent"), count("recalls_received")), (10, 0));
 }
 
 #[test]

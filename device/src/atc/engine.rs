@@ -222,6 +222,15 @@ impl Guard<'_> {
         self.window.write(offset, from);
     }
 
+    /// Fill the guard with as many bytes from the start of another engine's, without a buffer between.
+    ///
+    /// # Panics
+    /// When `from` is shorter, or the access was a [`Access::Read`].
+    #[inline]
+    pub fn copy_from(&self, from: &Guard<'_>) {
+        self.window.copy(&from.window);
+    }
+
     /// Set every byte of the guard.
     ///
     /// # Panics

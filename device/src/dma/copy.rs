@@ -90,6 +90,17 @@ impl Window {
         }
     }
 
+    /// Copy as many bytes as this window has from the start of `from`, which may be the same memory.
+    pub(crate) fn copy(&self, from: &Self) {
+        assert!(
+            self.writable,
+            "write through a window that was opened for reading"
+        );
+        let (to, from) = (self.at(0, self.len), from.at(0, self.len).cast_const());
+        // SAFETY: as in `read` and `write`: both are mapped, and `at` checked that the source has so many bytes.
+        unsafe { std::ptr::copy(from, to, self.len) }
+    }
+
     /// Set all bytes of `[offset, offset + len)`.
     pub(crate) fn fill(&self, offset: usize, len: usize, byte: u8) {
         assert!(

@@ -4,6 +4,8 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::time::Duration;
 
+use protos::ib::Lid;
+
 use crate::transport::{Link, Packet, Time};
 
 /// What happens to packets; each in parts per thousand.
@@ -139,6 +141,10 @@ impl<L: Link> Link for Impaired<L> {
     fn receive(&mut self, now: Time) -> Option<Packet> {
         self.release(now);
         self.link.receive(now)
+    }
+
+    fn is_near(&mut self, port: u8, dlid: Lid) -> bool {
+        self.link.is_near(port, dlid)
     }
 
     fn poll_at(&self) -> Option<Time> {

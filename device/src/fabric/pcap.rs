@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use protos::ib::vcrc;
+use protos::ib::{Lid, vcrc};
 
 use super::wire::{LONGEST, encode};
 use crate::transport::{Link, Packet, Pool, Time};
@@ -116,6 +116,11 @@ impl<L: Link> Link for Captured<L> {
 
     fn receive(&mut self, now: Time) -> Option<Packet> {
         self.link.receive(now)
+    }
+
+    /// A capture shows payload.
+    fn is_near(&mut self, port: u8, dlid: Lid) -> bool {
+        self.capture.is_none() && self.link.is_near(port, dlid)
     }
 
     fn poll_at(&self) -> Option<Time> {

@@ -161,7 +161,7 @@ impl Routes {
 const HEADERS: u64 = 24;
 
 fn words(packet: &Packet) -> u64 {
-    (packet.data().len() as u64 + HEADERS * u64::from(packet.count)) / 4
+    (packet.payload_len() as u64 + HEADERS * u64::from(packet.count)) / 4
 }
 
 /// Which shard a queue pair belongs to.
@@ -258,13 +258,20 @@ impl std::fmt::Debug for WakeHandle {
     }
 }
 
-impl Link for Endpoint {
-    fn transmit(&mut self, mut packet: Packet, _: Time) -> Result<(), Packet> {
+impl Endpoint {
+    /// At the routes of now.
+    fn look(&mut self) {
         let version = self.shared.version.load(Ordering::Acquire);
         if version != self.version {
             self.routes = self.shared.lock().routes.clone();
             self.version = version;
         }
+    }
+}
+
+impl Link for Endpoint {
+    fn transmit(&mut self, mut packet: Packet, _: Time) -> Result<(), Packet> {
+        self.look();
         let Some(own) = self.ports.get(usize::from(packet.port).wrapping_sub(1)) else {
             return Ok(());
         };
@@ -308,6 +315,11 @@ impl Link for Endpoint {
         own.counters.sent_packets.fetch_add(count, Ordering::Relaxed);
         own.counters.sent_words.fetch_add(words, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn is_near(&mut self, _: u8, dlid: Lid) -> bool {
+        self.look();
+        matches!(self.routes.target(dlid), Some(Target::Port(_)))
     }
 
     fn receive(&mut self, _: Time) -> Option<Packet> {

@@ -62,6 +62,7 @@ pub(super) fn packet(to: Lid, dest: Qpn, payload: &[u8]) -> Packet {
         extension: Extension::Datagram(Deth::new(Qkey::GSI, Qpn::new(0x99))),
         global: None,
         payload: Some(buffer),
+        loan: None,
     }
 }
 

@@ -132,8 +132,9 @@ pub(super) fn encode(packet: &Packet, out: &mut Vec<u8>) -> bool {
             );
             has.atomic_ack
         }
+        Extension::Recall => false,
     };
-    if !fits || packet.count != 1 || data.len() > Mtu::B4096.bytes() as usize {
+    if !fits || packet.loan.is_some() || packet.count != 1 || data.len() > Mtu::B4096.bytes() as usize {
         out.truncate(start);
         return false;
     }
@@ -252,6 +253,7 @@ pub(super) fn decode(bytes: &[u8], pool: &Pool) -> Result<Packet, WireError> {
             buffer.copy_from_slice(data);
             buffer
         }),
+        loan: None,
     })
 }
 
@@ -269,6 +271,7 @@ mod tests {
                 mtu: Mtu::B4096,
                 port: 0,
                 payload: None,
+                loan: None,
                 ..packet.copy()
             }
         )

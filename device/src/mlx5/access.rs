@@ -6,9 +6,10 @@ use protos::mlx5::Layout;
 use protos::mlx5::mkey::{AccessMode, Mkc};
 
 use super::faults::Missing;
+use super::lending::Borrowed;
 use super::memory::Port;
 use super::mkey::{Mkey, Mkeys, Place};
-use crate::atc::{Access, Fill, FillRefused, Guard, PageSize};
+use crate::atc::{Access, Engine, Fill, FillRefused, Guard, PageSize, SpaceId};
 use crate::dma::DmaError;
 
 /// Keys in keys are followed so far.
@@ -21,36 +22,51 @@ pub(super) enum Bytes<'a> {
     Into(&'a mut [u8]),
     /// This is copied to memory.
     From(&'a [u8]),
+    /// This is copied to memory, from memory of another queue pair's.
+    Lent(Borrowed<'a>),
 }
 
 impl Bytes<'_> {
-    fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         match self {
             Self::Into(to) => to.len(),
             Self::From(from) => from.len(),
+            Self::Lent(lent) => lent.len,
         }
     }
 
     fn access(&self) -> Access {
         match self {
             Self::Into(_) => Access::Read,
-            Self::From(_) => Access::Write,
+            Self::From(_) | Self::Lent(_) => Access::Write,
         }
     }
 
-    fn copy(&mut self, done: usize, guard: &Guard<'_>) {
+    /// Copies the bytes from `done` on from or to `va`, as far as one guard reaches. None: the device TLB has no entry.
+    fn copy(&mut self, done: usize, engine: &mut Engine, space: SpaceId, va: u64) -> Result<usize, Trouble> {
+        let (rest, access) = (self.len() - done, self.access());
+        if let Self::Lent(lent) = self {
+            return lent.part(done, rest).store(engine, space, va);
+        }
+        let Ok(guard) = engine.access(space, va, rest as u64, access) else {
+            return Ok(0);
+        };
         let end = done + guard.len();
         match self {
             Self::Into(to) => guard.read_into(&mut to[done..end]),
             Self::From(from) => guard.write_from(&from[done..end]),
+            Self::Lent(_) => unreachable!("dealt with above"),
         }
+        guard.check().map_err(|_| Trouble::Violation)?;
+        Ok(guard.len())
     }
 
     /// `[done, done + len)` of it.
-    fn part(&mut self, done: usize, len: usize) -> Bytes<'_> {
+    pub(super) fn part(&mut self, done: usize, len: usize) -> Bytes<'_> {
         match self {
             Self::Into(to) => Bytes::Into(&mut to[done..done + len]),
             Self::From(from) => Bytes::From(&from[done..done + len]),
+            Self::Lent(lent) => Bytes::Lent(lent.part(done, len)),
         }
     }
 }
@@ -106,14 +122,14 @@ fn copy_through(
     while done < len {
         let at = va.checked_add(done as u64).ok_or(Trouble::Violation)?;
         let rest = len - done;
-        if !is_indirect(mkey)
-            && let Ok(guard) = port.engine.access(mkey.space, at, rest as u64, access)
-        {
-            bytes.copy(done, &guard);
-            let step = guard.len();
-            guard.check().map_err(|_| Trouble::Violation)?;
-            done += step;
-            continue;
+        if !is_indirect(mkey) {
+            let step = bytes
+                .copy(done, &mut port.engine, mkey.space, at)
+                .map_err(|trouble| trouble.after(done))?;
+            if step > 0 {
+                done += step;
+                continue;
+            }
         }
         match find(port, mkeys, mkey, at, rest, access).map_err(|trouble| trouble.after(done))? {
             Found::Again => {}
@@ -121,6 +137,8 @@ fn copy_through(
                 match bytes.part(done, len) {
                     Bytes::Into(to) => port.dma.read_by_message(iova, to),
                     Bytes::From(from) => port.dma.write_by_message(iova, from),
+                    // A message is answered by others: nothing may be borrowed meanwhile.
+                    Bytes::Lent(lent) => return Err(lent.refuse()),
                 }
                 .map_err(|_| Trouble::Violation)?;
                 done += len;
@@ -134,6 +152,30 @@ fn copy_through(
         }
     }
     Ok(())
+}
+
+/// Shows readable bytes of a key that is not indirect, at most `len`, under a guard; what `take` says. `key` is asked for
+/// the key when the device TLB does not have the page.
+pub(super) fn show(
+    port: &mut Port,
+    mkeys: &Mkeys,
+    (space, va): (SpaceId, u64),
+    len: usize,
+    key: impl Fn() -> Option<Arc<Mkey>>,
+    mut take: impl FnMut(&Guard<'_>) -> usize,
+) -> Result<usize, Trouble> {
+    loop {
+        if let Ok(guard) = port.engine.access(space, va, len as u64, Access::Read) {
+            let taken = take(&guard);
+            guard.check().map_err(|_| Trouble::Violation)?;
+            return Ok(taken);
+        }
+        let mkey = key().ok_or(Trouble::Violation)?;
+        match find(port, mkeys, &mkey, va, len, Access::Read)? {
+            Found::Again => {}
+            Found::ByMessage { .. } | Found::Key { .. } => return Err(Trouble::Violation),
+        }
+    }
 }
 
 /// Does something to the 8 bytes at `va`, which is a multiple of 8, as one.
@@ -215,7 +257,7 @@ impl Trouble {
     }
 }
 
-fn is_indirect(mkey: &Mkey) -> bool {
+pub(super) fn is_indirect(mkey: &Mkey) -> bool {
     matches!(mkey.context.mode(), AccessMode::KLM | AccessMode::KSM)
 }
 

@@ -28,7 +28,8 @@ use crate::transport::Time;
 /// An HCA.
 ///
 /// Lock order: `execution`, a shard, the page faults, a shard's inbox; a shard, an SRQ, a CQ, an EQ's producer, an EQ's door; the tables of `objects` and the
-/// mkeys are taken for a look-up only, with nothing taken meanwhile. The thread that serves the client takes the
+/// mkeys are taken for a look-up only, with nothing taken meanwhile. A shard, the term of a queue pair's loans (of any
+/// HCA), the desk of its shard; nothing after that. The thread that serves the client takes the
 /// table of EQs, an EQ's door and a shard's inbox, and a reset all of them.
 #[derive(Debug)]
 pub(super) struct Hca {
@@ -39,7 +40,7 @@ pub(super) struct Hca {
     pub(super) commands: cmdq::Doorbell,
     pub(super) execution: Mutex<Execution>,
     pub(super) objects: Objects,
-    pub(super) mkeys: Mkeys,
+    pub(super) mkeys: Arc<Mkeys>,
     pub(super) shards: Vec<Shard>,
     /// UAR page of each queue pair's doorbells, by number; 0: none.
     doors: Box<[AtomicU32]>,
@@ -120,6 +121,7 @@ impl Hca {
         atc: Arc<Atc>,
         adapter: Adapter,
         shards: Vec<Shard>,
+        mkeys: Arc<Mkeys>,
     ) -> Self {
         let words = |count: u32| (0..count).map(|_| AtomicU32::new(0)).collect();
         Self {
@@ -130,7 +132,7 @@ impl Hca {
             iseg: InitSegment::new(),
             commands: cmdq::Doorbell::default(),
             objects: Objects::default(),
-            mkeys: Mkeys::new(commands::LOG_MAX_MKEY),
+            mkeys,
             shards,
             doors: words(1 << commands::LOG_MAX_QP),
             arm_halves: words(pci::END_UAR),

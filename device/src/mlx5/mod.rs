@@ -20,6 +20,7 @@ mod eq;
 mod faults;
 mod hardware;
 mod iseg;
+mod lending;
 mod memory;
 mod mkey;
 mod numbers;
@@ -43,7 +44,9 @@ use crate::atc::{Atc, AtcConfig};
 use crate::fabric::{AdapterConfig, AttachError, Fabric, PortChange, PortEvents, Wake};
 use crate::model::{AccessError, BarSpec, Identity, Model, ModelContext, MsixSpec};
 use hardware::Hca;
+use lending::Desk;
 use memory::Port;
+use mkey::Mkeys;
 use shard::{Inbox, Shard};
 
 /// Which PCI function the HCA is.
@@ -125,12 +128,12 @@ impl Mlx5 {
         if config.workers == 0 || config.workers > MAX_WORKERS {
             return Err(Mlx5Error::Workers(config.workers));
         }
-        // A slot and a ticket for each worker and for the commands.
+        // Slots and tickets: two for each worker, its own and that of its desk, and one for the commands.
         let atc_config = AtcConfig {
             sets: 4096,
             ways: 4,
-            tickets: config.workers + 1,
-            engines: config.workers + 1,
+            tickets: 2 * config.workers + 1,
+            engines: 2 * config.workers + 1,
             ..AtcConfig::default()
         };
         let atc = Atc::new(atc_config, Arc::clone(&context.dma));
@@ -159,13 +162,16 @@ impl Mlx5 {
                 .collect(),
             Some(Arc::new(PortNews(Arc::clone(&inboxes[0])))),
         )?;
+        let mkeys = Arc::new(Mkeys::new(commands::LOG_MAX_MKEY));
+        let workers = config.workers;
+        let desk = |index| Desk::new(port(workers + 1 + index), Arc::clone(&mkeys));
         let shards = inboxes
             .into_iter()
             .enumerate()
-            .map(|(index, inbox)| Shard::new(inbox, port(index), adapter.endpoint(index)))
+            .map(|(index, inbox)| Shard::new(inbox, port(index), desk(index), adapter.endpoint(index)))
             .collect();
-        let commands = port(config.workers);
-        let hca = Arc::new(Hca::new(config, context, atc, adapter, shards));
+        let own = port(workers);
+        let hca = Arc::new(Hca::new(config, context, atc, adapter, shards, mkeys));
         let mlx5 = Arc::new(Self {
             hca,
             threads: Mutex::new(Vec::new()),
@@ -177,7 +183,7 @@ impl Mlx5 {
             })?;
         }
         let hca = Arc::clone(&mlx5.hca);
-        mlx5.start("mlx5-commands".into(), move || cmdq::run(&hca, commands))?;
+        mlx5.start("mlx5-commands".into(), move || cmdq::run(&hca, own))?;
         Ok(mlx5)
     }
 

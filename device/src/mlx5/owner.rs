@@ -1,5 +1,6 @@
 //! What the transport asks of this HCA: WQEs, memory through keys, completions.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -16,6 +17,7 @@ use super::access::{self, Bytes, Trouble};
 use super::cq::{Cq, Posted};
 use super::faults::Waiter;
 use super::hardware::Hca;
+use super::lending::{self, Borrowed, Desk};
 use super::memory::Port;
 use super::mkey::{Asker, Mkey, Right as KeyRight};
 use super::port::PortView;
@@ -25,7 +27,8 @@ use super::srq::Srq;
 use super::umr::{self, Source, Umr};
 use super::wqe::{self, Piece, Pieces};
 use crate::transport::{
-    Answer, Asked, Atomic, Event, Owner, QpId, Receive, Received, Request, Right, Side, Status,
+    Answer, Asked, Atomic, Event, Lender, Lent, Loan, Owner, Pulled, QpId, Receive, Received, Request, Right,
+    Side, Status, Target,
 };
 
 /// Types of queues in events (`DATA_QUEUE_TYPE`), in the upper byte.
@@ -42,6 +45,8 @@ pub(super) struct ShardOwner<'a> {
     pub(super) hca: &'a Hca,
     pub(super) port: &'a mut Port,
     pub(super) qps: &'a mut Qps,
+    /// What others see of the memory that is lent to them.
+    pub(super) desk: &'a Arc<Desk>,
     /// Queue pairs that have ended a request with an error: their receive queues may have to be flushed later.
     pub(super) failed: &'a mut Failed,
 }
@@ -127,12 +132,9 @@ impl ShardOwner<'_> {
     ) -> Answer {
         let right = match bytes {
             Bytes::Into(_) => KeyRight::LocalRead,
-            Bytes::From(_) => KeyRight::LocalWrite,
+            Bytes::From(_) | Bytes::Lent(_) => KeyRight::LocalWrite,
         };
-        let total = match &bytes {
-            Bytes::Into(to) => to.len(),
-            Bytes::From(from) => from.len(),
-        };
+        let total = bytes.len();
         let mut done = 0;
         for piece in pieces {
             if done == total {
@@ -159,10 +161,7 @@ impl ShardOwner<'_> {
                     let Some(mkey) = mkey.filter(|mkey| mkey.allows(asker, at, step as u64, right)) else {
                         return Answer::Failed(Status::LocalProtection);
                     };
-                    let mut part = match &mut bytes {
-                        Bytes::Into(to) => Bytes::Into(&mut to[done..done + step]),
-                        Bytes::From(from) => Bytes::From(&from[done..done + step]),
-                    };
+                    let mut part = bytes.part(done, step);
                     if let Err(trouble) = access::copy(self.port, &self.hca.mkeys, &mkey, at, &mut part) {
                         return self.absent(asker.qpn, side, trouble.after(done), Status::LocalProtection);
                     }
@@ -257,11 +256,7 @@ impl ShardOwner<'_> {
     }
 
     fn remote_copy(&mut self, qp: QpId, right: Right, asked: Asked, mut bytes: Bytes<'_>) -> Answer {
-        let len = match &bytes {
-            Bytes::Into(to) => to.len(),
-            Bytes::From(from) => from.len(),
-        };
-        let mkey = match self.remote_key(qp, right, asked, len as u64) {
+        let mkey = match self.remote_key(qp, right, asked, bytes.len() as u64) {
             Ok(mkey) => mkey,
             Err(status) => return Answer::Failed(status),
         };
@@ -321,6 +316,39 @@ impl Owner for ShardOwner<'_> {
 
     fn gather(&mut self, id: QpId, request: &Request, offset: u32, into: &mut [u8]) -> Answer {
         self.message(id, Side::Send, request, offset, Bytes::Into(into))
+    }
+
+    fn lend(&mut self, id: QpId, request: &Request, offset: u32, len: u32) -> Option<Lent> {
+        self.load(id, request.index).ok()?;
+        let qp = find(self.qps, id);
+        let asker = Asker {
+            pd: qp.pd,
+            qpn: qp.qpn,
+        };
+        let data = qp.wqe.parsed.as_ref()?.data;
+        let mut offset = u64::from(offset);
+        for piece in Pieces::of_send(&qp.wqe.bytes, data) {
+            if offset >= piece.len() {
+                offset -= piece.len();
+                continue;
+            }
+            let Piece::Memory { lkey, va, .. } = piece else {
+                return None;
+            };
+            if piece.len() - offset < u64::from(len) {
+                return None;
+            }
+            let va = va.wrapping_add(offset);
+            let mkey = self.hca.mkeys.find(lkey)?;
+            if !mkey.allows(asker, va, u64::from(len), KeyRight::LocalRead) {
+                return None;
+            }
+            return Some(Lent {
+                lender: Arc::clone(self.desk) as Arc<dyn Lender>,
+                place: lending::place(&mkey, va)?,
+            });
+        }
+        None
     }
 
     fn scatter_response(&mut self, id: QpId, request: &Request, offset: u32, data: &[u8]) -> Answer {
@@ -409,54 +437,7 @@ impl Owner for ShardOwner<'_> {
     }
 
     fn scatter_receive(&mut self, id: QpId, receive: &Receive, offset: u32, data: &[u8]) -> Answer {
-        let qp = find(self.qps, id);
-        let index = receive.token as u16;
-        let mut asker = Asker {
-            pd: qp.pd,
-            qpn: qp.qpn,
-        };
-        let mut wqe = [0; 1 << 11];
-        let (stride, begin) = match &qp.taken_from {
-            Some(srq) if receive.token & SHARED != 0 => {
-                asker.pd = srq.pd;
-                let stride = srq.stride.min(11);
-                match srq.read(self.port, index, &mut wqe[..1 << stride]) {
-                    Ok(true) => {}
-                    // The queue has been destroyed, or its memory taken away.
-                    Ok(false) | Err(_) => return Answer::Failed(Status::LocalProtection),
-                }
-                (stride, size_of::<protos::mlx5::srq::NextSegment>())
-            }
-            None if receive.token & SHARED != 0 => return Answer::Failed(Status::LocalProtection),
-            _ => {
-                let Some(queues) = &qp.queues else {
-                    return Answer::Failed(Status::LocalProtection);
-                };
-                let Some(log) = queues.log_receives else {
-                    return Answer::Failed(Status::LocalProtection);
-                };
-                let stride = queues.receive_stride;
-                let place = (u64::from(index) & ((1 << log) - 1)) << stride;
-                if queues
-                    .buffer
-                    .read(self.port, place, &mut wqe[..1 << stride])
-                    .is_err()
-                {
-                    return Answer::Failed(Status::LocalProtection);
-                }
-                (stride, 0)
-            }
-        };
-        let wqe = &wqe[..1 << stride];
-        let pieces = Pieces::of_receive(wqe, begin);
-        self.pieces(
-            Side::Receive,
-            asker,
-            wqe,
-            pieces,
-            u64::from(offset),
-            Bytes::From(data),
-        )
+        self.receive(id, receive, offset, Bytes::From(data))
     }
 
     fn complete_receive(&mut self, id: QpId, receive: &Receive, received: &Received) {
@@ -520,6 +501,26 @@ impl Owner for ShardOwner<'_> {
 
     fn remote_write(&mut self, id: QpId, asked: Asked, data: &[u8]) -> Answer {
         self.remote_copy(id, Right::Write, asked, Bytes::From(data))
+    }
+
+    fn pull(&mut self, id: QpId, to: Target<'_>, loan: &Loan, from: u32) -> Pulled {
+        let gone = Cell::new(false);
+        let from = from as usize;
+        let bytes = Bytes::Lent(Borrowed {
+            loan,
+            from,
+            len: loan.len() - from,
+            gone: &gone,
+        });
+        let answer = match to {
+            Target::Write(asked) => self.remote_copy(id, Right::Write, asked, bytes),
+            Target::Receive(receive, offset) => self.receive(id, receive, offset, bytes),
+        };
+        if gone.get() {
+            Pulled::Gone
+        } else {
+            Pulled::Answer(answer)
+        }
     }
 
     fn remote_read(&mut self, id: QpId, asked: Asked, into: &mut [u8]) -> Answer {
@@ -652,5 +653,50 @@ impl ShardOwner<'_> {
         let answer = self.pieces(side, asker, &wqe, pieces, u64::from(offset), bytes);
         find(self.qps, id).wqe.bytes = wqe;
         answer
+    }
+
+    /// Bytes `offset..` of a message, to the pieces of a receive request.
+    fn receive(&mut self, id: QpId, receive: &Receive, offset: u32, bytes: Bytes<'_>) -> Answer {
+        let qp = find(self.qps, id);
+        let index = receive.token as u16;
+        let mut asker = Asker {
+            pd: qp.pd,
+            qpn: qp.qpn,
+        };
+        let mut wqe = [0; 1 << 11];
+        let (stride, begin) = match &qp.taken_from {
+            Some(srq) if receive.token & SHARED != 0 => {
+                asker.pd = srq.pd;
+                let stride = srq.stride.min(11);
+                match srq.read(self.port, index, &mut wqe[..1 << stride]) {
+                    Ok(true) => {}
+                    // The queue has been destroyed, or its memory taken away.
+                    Ok(false) | Err(_) => return Answer::Failed(Status::LocalProtection),
+                }
+                (stride, size_of::<protos::mlx5::srq::NextSegment>())
+            }
+            None if receive.token & SHARED != 0 => return Answer::Failed(Status::LocalProtection),
+            _ => {
+                let Some(queues) = &qp.queues else {
+                    return Answer::Failed(Status::LocalProtection);
+                };
+                let Some(log) = queues.log_receives else {
+                    return Answer::Failed(Status::LocalProtection);
+                };
+                let stride = queues.receive_stride;
+                let place = (u64::from(index) & ((1 << log) - 1)) << stride;
+                if queues
+                    .buffer
+                    .read(self.port, place, &mut wqe[..1 << stride])
+                    .is_err()
+                {
+                    return Answer::Failed(Status::LocalProtection);
+                }
+                (stride, 0)
+            }
+        };
+        let wqe = &wqe[..1 << stride];
+        let pieces = Pieces::of_receive(wqe, begin);
+        self.pieces(Side::Receive, asker, wqe, pieces, u64::from(offset), bytes)
     }
 }

@@ -13,6 +13,7 @@ use protos::mlx5::qp::{Qpc, ServiceType, State as QpState};
 
 use super::commands::{LOG_MAX_MCG, MAX_QP_MCG};
 use super::hardware::Hca;
+use super::lending::Desk;
 use super::memory::Port;
 use super::owner::{Qps, ShardOwner};
 use super::qp::{Changes, Qp, merge, transition};
@@ -138,6 +139,7 @@ pub(super) struct Shard {
 #[derive(Debug)]
 struct State {
     port: Port,
+    desk: Arc<Desk>,
     endpoint: Endpoint,
     transport: Transport,
     /// By number; what is found is a place in `qps`.
@@ -198,6 +200,7 @@ impl State {
             hca,
             port: &mut self.port,
             qps: &mut self.qps,
+            desk: &self.desk,
             failed: &mut self.failed,
         };
         (&mut self.transport, owner, &mut self.endpoint)
@@ -261,12 +264,13 @@ fn transport() -> Transport {
 }
 
 impl Shard {
-    pub(super) fn new(inbox: Arc<Inbox>, port: Port, endpoint: Endpoint) -> Self {
+    pub(super) fn new(inbox: Arc<Inbox>, port: Port, desk: Arc<Desk>, endpoint: Endpoint) -> Self {
         Self {
             inbox,
             visitors: AtomicU32::new(0),
             state: Mutex::new(State {
                 port,
+                desk,
                 endpoint,
                 transport: transport(),
                 keys: HashMap::new(),

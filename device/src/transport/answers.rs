@@ -7,8 +7,8 @@ use super::owner::{Action, Answer, Owner, Status};
 use super::packet::{Extension, Packet};
 use super::qp::{Qp, State};
 use super::requester::{
-    Acknowledged, acknowledge, again, ask_again, complete_front, fail, go_back, is_read, progress, retire,
-    set_deadline,
+    Acknowledged, acknowledge, again, ask_again, complete_front, fail, go_back, is_read, progress, recalled,
+    retire, set_deadline,
 };
 use super::time::Time;
 
@@ -76,6 +76,10 @@ fn take(
     match (operation, packet.extension) {
         (Operation::Acknowledge, Extension::Ack(aeth)) => {
             acknowledged(qp, core, owner, now, packet.psn, aeth.syndrome());
+            false
+        }
+        (Operation::Acknowledge, Extension::Recall) => {
+            recall(qp, core, owner, now, packet.psn);
             false
         }
         (Operation::AtomicAcknowledge, Extension::AtomicAck(_, original)) => {
@@ -148,6 +152,19 @@ fn acknowledged(
             return fail(qp, core, owner, status);
         }
         Syndrome::Reserved(_) => core.stats.dropped += 1,
+    }
+    retire(qp, core, owner);
+}
+
+/// The receiver cannot have what it was lent.
+fn recall(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner, now: Time, psn: Psn) {
+    match acknowledge(qp, owner, psn.before()) {
+        Acknowledged::Progress => progress(qp, core, now),
+        Acknowledged::Missing => return ask_again(qp, core),
+        Acknowledged::Nothing => {}
+    }
+    if psn.distance(qp.send.unacknowledged) >= 0 {
+        recalled(qp, core, now);
     }
     retire(qp, core, owner);
 }

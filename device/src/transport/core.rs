@@ -28,6 +28,8 @@ pub struct Config {
     pub max_members: usize,
     /// Shorter ACK timeouts become this: both ends are programs that may not run for a while.
     pub min_ack_timeout: Duration,
+    /// Shorter payload is not lent: it is copied twice in less time than it takes to lend it.
+    pub least_loan: u32,
     /// Packets that one `poll` takes in.
     pub receive_batch: usize,
     /// Bytes that one `poll` sends: at least one segment, at most 32 small messages. A segment that is received
@@ -46,6 +48,7 @@ impl Default for Config {
             max_groups: 256,
             max_members: 240,
             min_ack_timeout: Duration::from_millis(4),
+            least_loan: 4097,
             receive_batch: 64,
             send_budget: 64 << 10,
         }
@@ -81,6 +84,12 @@ pub struct Stats {
     pub refused: u64,
     /// Times that a queue pair waited for a page of a request from the other side.
     pub parks: u64,
+    /// Segments that were sent without being copied.
+    pub lent: u64,
+    /// Of other side's ones, those that were wanted with bytes instead.
+    pub recalls_sent: u64,
+    /// Of this side's.
+    pub recalls_received: u64,
 }
 
 /// How a turn of a queue pair ended.

@@ -56,7 +56,8 @@ fn take_datagram(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner, packet: P
                 owner.event(qp.id, Event::CommunicationEstablished);
             }
         }
-        Executed::NotReady => core.stats.dropped += 1,
+        // (No loan comes here.)
+        Executed::NotReady | Executed::Gone => core.stats.dropped += 1,
         Executed::Refused(status) => {
             core.stats.refused += 1;
             if qp.receive.taken.is_some() {

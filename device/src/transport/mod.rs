@@ -1,13 +1,15 @@
 //! InfiniBand transport: RC, UC, UD and XRC queue pairs as state machines over abstract queues.
 //!
 //! A [`Transport`] holds the queue pairs of one thread. It asks its [`Owner`] for requests and memory, and sends and
-//! receives [`Packet`]s through a [`Link`]. It knows no register layout, no clock, no lock; it never waits. Time is
-//! an argument, so that a test with a seeded link replays every loss, order, duplication and delay.
+//! receives [`Packet`]s through a [`Link`]. It knows no register layout and no clock, and waits for nothing but whoever
+//! copies from a loan at the moment when that ends. Time is an argument, so that a test with a seeded link replays every loss, order, duplication and delay.
 //!
 //! Section numbers are those of the InfiniBand Architecture Specification, volume 1.
 //!
 //! * *Segments.* A packet may stand for several in a row ([`Packet`]), with up to 64 KiB of payload: inside a process
 //!   the cost of a message is that of its bytes. Links that leave the process cut it.
+//! * *Loans.* Inside a process the payload of a reliable SEND or WRITE can stay in its sender's memory until it is
+//!   delivered, and is then copied once (`loan.rs`). Short messages, READs and everything else carry bytes.
 //! * *Absent pages.* Every question about memory can be answered with "parked" ([`Answer`]). The packet or request
 //!   keeps its place with the bytes that are done. What cannot be done twice (an atomic, taking a receive request, a
 //!   completion, a sequence number) comes after everything that can park.
@@ -22,6 +24,7 @@ mod answers;
 mod core;
 mod datagram;
 mod link;
+mod loan;
 mod owner;
 mod packet;
 mod pool;
@@ -37,9 +40,12 @@ mod timers;
 
 pub use self::core::{Config, Stats};
 pub use link::Link;
+#[cfg(test)]
+pub(crate) use loan::Term;
+pub use loan::{Gone, Lender, Lent, Loan, Place, Shown};
 pub use owner::{
-    Action, Answer, Asked, Atomic, Datagram, Event, Fence, Global, Owner, Path, QpId, Receive, Received,
-    Remote, Request, Right, Side, Source, Status,
+    Action, Answer, Asked, Atomic, Datagram, Event, Fence, Global, Owner, Path, Pulled, QpId, Receive,
+    Received, Remote, Request, Right, Side, Source, Status, Target,
 };
 pub use packet::{Extension, Packet};
 pub use pool::{Buffer, Pool, SEGMENT, SMALL};
@@ -357,7 +363,7 @@ impl Transport {
                 break;
             };
             received += 1;
-            bytes += packet.data().len();
+            bytes += packet.payload_len();
             self.take(packet, now, owner);
         }
         if received < batch && bytes <= budget {
@@ -446,7 +452,7 @@ impl Transport {
             self.core.stats.dropped += 1;
             return;
         };
-        if packet.count == 0 || packet.count > 1 && packet.data().len() > SEGMENT {
+        if packet.count == 0 || packet.count > 1 && packet.payload_len() > SEGMENT {
             self.core.stats.dropped += 1;
             return;
         }
@@ -587,6 +593,7 @@ fn accepts(qp: &Qp, packet: &Packet) -> bool {
             };
             // (The subnet management interface has no key.)
             packet.count == 1
+                && packet.loan.is_none()
                 && packet.data().len() <= SMALL
                 && (qp.id.qpn == Qpn::SMI || deth.qkey() == qp.set.qkey)
         }

@@ -2,6 +2,8 @@
 
 use protos::ib::{Gid, Lid, Pkey, Qkey, Qpn};
 
+use super::loan::{Lent, Loan};
+
 /// A queue pair, as the owner knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct QpId {
@@ -37,7 +39,7 @@ pub enum Side {
     /// [`Owner::scatter_response`].
     Response,
     /// [`Owner::take_receive`], [`Owner::scatter_receive`], [`Owner::remote_check`], [`Owner::remote_write`],
-    /// [`Owner::remote_atomic`], [`Owner::invalidate`].
+    /// [`Owner::pull`], [`Owner::remote_atomic`], [`Owner::invalidate`].
     Receive,
     /// [`Owner::remote_read`].
     Read,
@@ -308,6 +310,24 @@ pub enum Atomic {
     },
 }
 
+/// Where lent bytes go.
+#[derive(Debug, Clone, Copy)]
+pub enum Target<'a> {
+    /// Of an RDMA WRITE.
+    Write(Asked),
+    /// Of a SEND: from that offset of its receive request on.
+    Receive(&'a Receive, u32),
+}
+
+/// What became of lent bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pulled {
+    /// As for other bytes.
+    Answer(Answer),
+    /// They cannot be had from the lender now. Some may have been copied; all of them come again.
+    Gone,
+}
+
 /// What happens to a queue pair besides completions (section 11.6.3, "Asynchronous events").
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Event {
@@ -340,6 +360,12 @@ pub trait Owner {
     fn fetch(&mut self, qp: QpId, index: u32) -> Answer<Option<Request>>;
     /// Copy out bytes `offset..` of the request's message; all of `into`, which never passes its end.
     fn gather(&mut self, qp: QpId, request: &Request, offset: u32, into: &mut [u8]) -> Answer;
+    /// Bytes `offset..offset + len` of the request's message as memory that the receiver may read, until the request
+    /// completes. Checked as for [`Owner::gather`], but whether they are there. `None`: they have to be gathered.
+    fn lend(&mut self, qp: QpId, request: &Request, offset: u32, len: u32) -> Option<Lent> {
+        let _ = (qp, request, offset, len);
+        None
+    }
     /// Bytes `offset..` of what a READ brought, or the 8 bytes (little-endian) that an atomic found.
     fn scatter_response(&mut self, qp: QpId, request: &Request, offset: u32, data: &[u8]) -> Answer;
     /// An [`Action::Local`]; *once*, after `Done` or `Failed`.
@@ -368,6 +394,11 @@ pub trait Owner {
     /// Check, then do it, *once* after `Done`; what was there before. Alignment is the owner's to check, too
     /// (`Failed(RemoteInvalidRequest)`).
     fn remote_atomic(&mut self, qp: QpId, asked: Asked, atomic: Atomic) -> Answer<u64>;
+    /// Store bytes `from..` of a loan, as [`Owner::remote_write`] or [`Owner::scatter_receive`] store bytes.
+    fn pull(&mut self, qp: QpId, to: Target<'_>, loan: &Loan, from: u32) -> Pulled {
+        let _ = (qp, to, loan, from);
+        Pulled::Gone
+    }
     /// Invalidate an R_Key for a SEND with invalidate. `xrc_srqn` as in [`Asked`].
     fn invalidate(&mut self, qp: QpId, rkey: u32, xrc_srqn: Option<u32>) -> Answer;
 

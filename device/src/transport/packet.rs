@@ -4,6 +4,7 @@ use protos::ib::{
     Aeth, AtomicEth, Deth, Extended, Grh, Lid, Mtu, Opcode, Operation, Pkey, Place, Psn, Qpn, Reth,
 };
 
+use super::loan::Loan;
 use super::pool::{Buffer, Pool};
 
 /// The header that depends on the opcode.
@@ -21,6 +22,9 @@ pub enum Extension {
     Ack(Aeth),
     /// Atomic acknowledge, with what was there before.
     AtomicAck(Aeth, u64),
+    /// Acknowledges what is before it, and wants this packet and what follows again, with bytes instead of a loan. An
+    /// answer to a loan only, so it never leaves the process.
+    Recall,
 }
 
 /// `count` packets in a row of one message, in one piece: what segmentation offload is to Ethernet. Inside a process
@@ -64,13 +68,21 @@ pub struct Packet {
     pub global: Option<Grh>,
     /// Payload.
     pub payload: Option<Buffer>,
+    /// Payload that is still in the sender's memory; then there is no other.
+    pub loan: Option<Loan>,
 }
 
 impl Packet {
-    /// The payload's bytes.
+    /// The payload's bytes, unless they are lent.
     #[must_use]
     pub fn data(&self) -> &[u8] {
         self.payload.as_deref().unwrap_or(&[])
+    }
+
+    /// Bytes of payload, here or lent.
+    #[must_use]
+    pub fn payload_len(&self) -> usize {
+        self.loan.as_ref().map_or_else(|| self.data().len(), Loan::len)
     }
 
     /// A copy, payload too, for another destination.
@@ -78,6 +90,7 @@ impl Packet {
     pub fn copy(&self) -> Self {
         Self {
             payload: self.payload.as_ref().map(Buffer::copy),
+            loan: self.loan.clone(),
             ..*self
         }
     }
@@ -87,7 +100,8 @@ impl Packet {
     #[must_use]
     pub fn skip(&mut self, packets: u32) -> bool {
         let bytes = u64::from(packets) * u64::from(self.mtu.bytes());
-        if packets >= self.count || self.payload.as_ref().is_some_and(|p| (p.len() as u64) < bytes) {
+        let has = self.payload.is_some() || self.loan.is_some();
+        if packets >= self.count || has && (self.payload_len() as u64) < bytes {
             return false;
         }
         if packets == 0 {
@@ -97,6 +111,9 @@ impl Packet {
         self.count -= packets;
         if let Some(payload) = &mut self.payload {
             payload.skip(bytes as usize);
+        }
+        if let Some(loan) = &mut self.loan {
+            loan.skip(bytes as usize);
         }
         if let Some((operation, ends)) = self.place() {
             self.set_place(operation, Place::new(false, ends));
@@ -140,8 +157,12 @@ impl Packet {
         }
     }
 
-    /// One packet after the other, as they are on a wire. Payload is copied into `pool`'s buffers.
+    /// One packet after the other, as they are on a wire. Payload is copied into `pool`'s buffers. None for a packet
+    /// whose payload is lent: it was sent when its way did not lead out of the process yet, and is lost.
     pub fn cut(&self, pool: &Pool, mut each: impl FnMut(Packet)) {
+        if self.loan.is_some() || self.extension == Extension::Recall {
+            return;
+        }
         let whole = self.place();
         let mtu = self.mtu.bytes() as usize;
         for at in 0..self.count {
@@ -156,6 +177,7 @@ impl Packet {
                     buffer.copy_from_slice(data);
                     buffer
                 }),
+                loan: None,
                 ..*self
             };
             if self.count > 1

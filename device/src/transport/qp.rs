@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use protos::ib::{Gid, Mtu, Pkey, Psn, Qkey, Qpn, ServiceType};
 
+use super::loan::Term;
 use super::owner::{Asked, Path, QpId, Receive, Request, Status};
 use super::packet::Packet;
 use super::pool::Buffer;
@@ -111,6 +112,8 @@ pub(super) struct Qp {
     pub(super) alarm: Option<Time>,
     /// Groups it is attached to.
     pub(super) groups: Vec<Gid>,
+    /// Of what its requests lend.
+    pub(super) term: Term,
 }
 
 /// Attributes as they stand.
@@ -188,6 +191,8 @@ pub(super) struct Requester {
     pub(super) held: Held,
     /// SQD has been told that it is drained.
     pub(super) drained: bool,
+    /// Packets before that carry bytes, as loans were called back.
+    pub(super) lend_from: Option<Psn>,
 }
 
 /// Packets that wait for a page, in order. The first one has met it.
@@ -241,6 +246,8 @@ pub(super) enum Response {
     Atomic { psn: Psn, original: u64, msn: u32 },
     /// Everything up to `psn` is done.
     Ack { psn: Psn, msn: u32 },
+    /// Not done: it was lent, and is wanted with bytes.
+    Recall { psn: Psn },
     /// Not done.
     Nak {
         psn: Psn,
@@ -255,6 +262,7 @@ impl Response {
             Self::Read { psn, .. }
             | Self::Atomic { psn, .. }
             | Self::Ack { psn, .. }
+            | Self::Recall { psn }
             | Self::Nak { psn, .. } => psn,
         }
     }
@@ -351,6 +359,7 @@ impl Requester {
             filling: None,
             held: Held::default(),
             drained: false,
+            lend_from: None,
         }
     }
 }
@@ -394,11 +403,13 @@ impl Qp {
             respond_listed: false,
             alarm: None,
             groups: Vec::new(),
+            term: Term::default(),
         }
     }
 
     /// As created; memory is kept.
     pub(super) fn reset(&mut self) {
+        self.term.end();
         let outstanding = std::mem::take(&mut self.send.outstanding);
         let responses = std::mem::take(&mut self.receive.responses);
         let resources = std::mem::take(&mut self.receive.resources);

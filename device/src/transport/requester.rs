@@ -9,6 +9,7 @@ use protos::ib::{Aeth, AtomicEth, Deth, Extended, Grh, Opcode, Operation, Place,
 
 use super::core::{Core, Step};
 use super::link::Link;
+use super::loan::Loan;
 use super::owner::{Action, Answer, Datagram, Event, Fence, Owner, Path, Request, Status};
 use super::packet::{Extension, Packet};
 use super::qp::{Entry, Qp, State};
@@ -262,7 +263,8 @@ fn push(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner, link: &mut impl Li
             return Step::Idle;
         }
     }
-    let payload = if segment.len == 0 {
+    let loan = lend(qp, core, owner, link, &request, &segment, psn);
+    let payload = if segment.len == 0 || loan.is_some() {
         None
     } else {
         let (mut buffer, filled) = match qp.send.filling.take() {
@@ -336,11 +338,14 @@ fn push(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner, link: &mut impl Li
     packet.ack_request = qp.reliable();
     packet.xrc_srqn = (qp.service == ServiceType::Xrc).then_some(request.xrc_srqn);
     packet.payload = payload;
+    let lent = loan.is_some();
+    packet.loan = loan;
     if let Err(packet) = link.transmit(packet, now) {
         qp.send.filling = packet.payload.map(|buffer| (buffer, segment.len));
         return Step::Full;
     }
     core.stats.packets_sent += u64::from(segment.packets);
+    core.stats.lent += u64::from(lent);
     core.last_payload = segment.len;
     let end = psn.add(segment.packets);
     if ends {
@@ -357,6 +362,47 @@ fn push(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner, link: &mut impl Li
         retire(qp, core, owner);
     }
     Step::More
+}
+
+/// After a recall, so many packets more come with bytes: what cannot be lent now is not likely to be soon.
+const PAUSE: u32 = 1024;
+
+/// The payload as a loan, where it is worth it and possible.
+fn lend(
+    qp: &mut Qp,
+    core: &Core,
+    owner: &mut impl Owner,
+    link: &mut impl Link,
+    request: &Request,
+    segment: &Segment,
+    psn: Psn,
+) -> Option<Loan> {
+    if segment.len < core.config.least_loan.max(1) || !qp.reliable() {
+        return None;
+    }
+    // What has been gathered in part has met an absent page, and what cannot be had is for the completion to say.
+    if qp.send.filling.is_some() || qp.send.refused.is_some() {
+        return None;
+    }
+    if let Some(from) = qp.send.lend_from {
+        if psn.distance(from) < 0 {
+            return None;
+        }
+        qp.send.lend_from = None;
+    }
+    if !link.is_near(qp.set.path.port, qp.set.path.dlid) {
+        return None;
+    }
+    let lent = owner.lend(qp.id, request, segment.offset, segment.len)?;
+    Some(qp.term.lend(lent, segment.len))
+}
+
+/// What was lent from `psn` on is wanted with bytes.
+pub(super) fn recalled(qp: &mut Qp, core: &mut Core, now: Time) {
+    core.stats.recalls_received += 1;
+    qp.send.lend_from = Some(qp.send.high.add(PAUSE));
+    go_back(qp, core);
+    set_deadline(qp, core, now);
 }
 
 /// After a packet that ends before `end`.
@@ -428,6 +474,7 @@ fn routed(qp: &Qp, path: &Path, dest: protos::ib::Qpn, opcode: Opcode, psn: Psn,
             .global
             .map(|g| Grh::new(g.sgid, g.dgid, g.traffic_class, g.flow_label, g.hop_limit)),
         payload: None,
+        loan: None,
     }
 }
 
@@ -483,6 +530,7 @@ pub(super) fn drained(qp: &mut Qp, owner: &mut impl Owner) {
 
 /// Ends the request at the head of the queue badly, and with it the queue.
 pub(super) fn fail(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner, status: Status) {
+    qp.term.end();
     if let Some(entry) = qp.send.outstanding.pop_front() {
         qp.send.reads -= u32::from(is_read(&entry.request));
         owner.complete_send(qp.id, &entry.request, status);
@@ -506,6 +554,7 @@ pub(super) fn enter_error(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner) 
 
 /// Ends every request with "flushed": what is outstanding, and what is posted.
 pub(super) fn flush(qp: &mut Qp, core: &mut Core, owner: &mut impl Owner) {
+    qp.term.end();
     let send = &mut qp.send;
     send.cursor = 0;
     send.sent = 0;

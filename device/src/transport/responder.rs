@@ -3,7 +3,9 @@
 use protos::ib::{Extended, NakCode, Operation, Place, Psn, Syndrome};
 
 use super::core::Core;
-use super::owner::{Answer, Asked, Atomic, Event, Owner, Received, Remote, Right, Source, Status};
+use super::owner::{
+    Answer, Asked, Atomic, Event, Owner, Pulled, Received, Remote, Right, Source, Status, Target,
+};
 use super::packet::{Extension, Packet};
 use super::qp::{Message, Qp, Resource, ResourceKind, Response, State};
 
@@ -14,6 +16,8 @@ pub(super) enum Executed {
     Parked,
     /// No receive request.
     NotReady,
+    /// The sender must send it with bytes.
+    Gone,
     /// The request is wrong, or was refused.
     Refused(Status),
 }
@@ -163,6 +167,17 @@ fn sequence(
                 qp.receive.expected = qp.receive.expected.add(packet.count);
                 core.stats.dropped += 1;
             }
+            false
+        }
+        Executed::Gone => {
+            // Its bytes are wanted all again; a receive request that was taken for it stays. What follows is dropped.
+            if matches!(operation, Operation::Send(p, _) | Operation::Write(p, _) if p.begins()) {
+                qp.receive.message = Message::None;
+            }
+            qp.receive.nak_sent = true;
+            let psn = qp.receive.expected;
+            answer_later(qp, core, Response::Recall { psn });
+            core.stats.recalls_sent += 1;
             false
         }
         Executed::Refused(status) => {
@@ -350,7 +365,7 @@ fn misshapen(qp: &Qp, packet: &Packet, place: Place) -> Option<Executed> {
     if open == place.begins() && !qp.receive.begun {
         return fault;
     }
-    let (len, mtu) = (packet.data().len() as u64, u64::from(qp.set.mtu.bytes()));
+    let (len, mtu) = (packet.payload_len() as u64, u64::from(qp.set.mtu.bytes()));
     let count = u64::from(packet.count);
     let fits = if place.ends() {
         len <= count * mtu && (len > (count - 1) * mtu || count == 1 && place == Place::Only)
@@ -384,6 +399,30 @@ pub(super) fn take(qp: &mut Qp, owner: &mut impl Owner, packet: &Packet) -> Opti
     }
 }
 
+/// Stores the payload of a packet but for what is stored already. Where it leads if not all of it is stored then.
+fn store(
+    qp: &mut Qp,
+    packet: &Packet,
+    store: impl FnOnce(super::owner::QpId, u32) -> Pulled,
+) -> Option<Executed> {
+    let (done, len) = (qp.receive.held.done, packet.payload_len() as u32);
+    if done >= len {
+        return None;
+    }
+    match store(qp.id, done) {
+        Pulled::Answer(Answer::Done(())) => {
+            qp.receive.held.done = len;
+            None
+        }
+        Pulled::Answer(Answer::Parked { done: more }) => {
+            qp.receive.held.done = done.saturating_add(more).min(len);
+            Some(Executed::Parked)
+        }
+        Pulled::Answer(Answer::Failed(status)) => Some(Executed::Refused(status)),
+        Pulled::Gone => Some(Executed::Gone),
+    }
+}
+
 fn send(qp: &mut Qp, owner: &mut impl Owner, packet: &Packet, place: Place, extended: Extended) -> Executed {
     if place.begins() && !qp.receive.begun {
         if let Some(other) = take(qp, owner, packet) {
@@ -395,21 +434,19 @@ fn send(qp: &mut Qp, owner: &mut impl Owner, packet: &Packet, place: Place, exte
     let (Message::Send { offset }, Some(receive)) = (qp.receive.message, qp.receive.taken) else {
         return Executed::Refused(Status::RemoteInvalidRequest);
     };
-    let data = packet.data();
-    let total = u64::from(offset) + data.len() as u64;
+    let total = u64::from(offset) + packet.payload_len() as u64;
     if total > 1 << 31 {
         return Executed::Refused(Status::LocalLength);
     }
-    let done = qp.receive.held.done as usize;
-    if done < data.len() {
-        match owner.scatter_receive(qp.id, &receive, offset + done as u32, &data[done..]) {
-            Answer::Done(()) => qp.receive.held.done = data.len() as u32,
-            Answer::Parked { done: more } => {
-                qp.receive.held.done = (done as u32).saturating_add(more).min(data.len() as u32);
-                return Executed::Parked;
-            }
-            Answer::Failed(status) => return Executed::Refused(status),
+    let stored = store(qp, packet, |id, done| match &packet.loan {
+        Some(loan) => owner.pull(id, Target::Receive(&receive, offset + done), loan, done),
+        None => {
+            let data = &packet.data()[done as usize..];
+            Pulled::Answer(owner.scatter_receive(id, &receive, offset + done, data))
         }
+    });
+    if let Some(other) = stored {
+        return other;
     }
     if !place.ends() {
         qp.receive.message = Message::Send { offset: total as u32 };
@@ -452,8 +489,7 @@ fn write(qp: &mut Qp, owner: &mut impl Owner, packet: &Packet, place: Place, ext
     let Message::Write { at, len, offset } = qp.receive.message else {
         return Executed::Refused(Status::RemoteInvalidRequest);
     };
-    let data = packet.data();
-    let total = u64::from(offset) + data.len() as u64;
+    let total = u64::from(offset) + packet.payload_len() as u64;
     if total > u64::from(len) || place.ends() && total != u64::from(len) {
         return Executed::Refused(Status::RemoteInvalidRequest);
     }
@@ -463,17 +499,15 @@ fn write(qp: &mut Qp, owner: &mut impl Owner, packet: &Packet, place: Place, ext
     {
         return other;
     }
-    let done = qp.receive.held.done as usize;
-    if done < data.len() {
-        let at = at.after(u64::from(offset) + done as u64);
-        match owner.remote_write(qp.id, at, &data[done..]) {
-            Answer::Done(()) => {}
-            Answer::Parked { done: more } => {
-                qp.receive.held.done = (done as u32).saturating_add(more).min(data.len() as u32);
-                return Executed::Parked;
-            }
-            Answer::Failed(status) => return Executed::Refused(status),
+    let stored = store(qp, packet, |id, done| {
+        let at = at.after(u64::from(offset) + u64::from(done));
+        match &packet.loan {
+            Some(loan) => owner.pull(id, Target::Write(at), loan, done),
+            None => Pulled::Answer(owner.remote_write(id, at, &packet.data()[done as usize..])),
         }
+    });
+    if let Some(other) = stored {
+        return other;
     }
     if !place.ends() {
         qp.receive.message = Message::Write {
@@ -686,11 +720,14 @@ fn acknowledge(qp: &mut Qp, core: &mut Core, psn: Psn) {
 }
 
 fn nak(qp: &mut Qp, core: &mut Core, psn: Psn, syndrome: Syndrome) {
+    let msn = qp.receive.msn;
+    answer_later(qp, core, Response::Nak { psn, syndrome, msn });
+}
+
+/// Behind what is to be sent before.
+fn answer_later(qp: &mut Qp, core: &mut Core, response: Response) {
     if has_room(qp, core) {
-        let msn = qp.receive.msn;
-        qp.receive
-            .responses
-            .push_back(Response::Nak { psn, syndrome, msn });
+        qp.receive.responses.push_back(response);
     }
     core.list_respond(qp);
 }

@@ -39,6 +39,11 @@ pub(super) fn respond(
             1,
             Some(Aeth::new(Syndrome::ACK, msn)),
         ),
+        Response::Recall { psn } => {
+            let mut packet = answer(qp, Operation::Acknowledge, psn, 1, None);
+            packet.extension = Extension::Recall;
+            packet
+        }
         Response::Nak { psn, syndrome, msn } => {
             answer(qp, Operation::Acknowledge, psn, 1, Some(Aeth::new(syndrome, msn)))
         }

@@ -1,8 +1,9 @@
 //! `tlbridge bench rdma`: what the transport and the fabric inside a process add to copying the bytes.
 //!
-//! No guest and no driver: queue pairs with a flat memory, on one thread that is both ends, or on two threads. The
-//! floor copies the same bytes between the same buffers on the same thread, in the same blocks.
+//! No guest and no driver: queue pairs with a flat memory behind a device TLB, on one thread that is both ends, or on two
+//! threads. The floor copies the same bytes between the same buffers on the same thread, in the same blocks.
 
+mod memory;
 mod owner;
 mod report;
 mod rig;

@@ -1,9 +1,12 @@
 //! Queues and memory of the benchmark: a posted counter for each queue pair, and one flat piece of memory.
 
+use anyhow::Result;
 use device::transport::{
-    Action, Answer, Asked, Atomic, Event, Fence, Owner, QpId, Receive, Received, Remote, Request, Right,
-    Status,
+    Action, Answer, Asked, Atomic, Event, Fence, Lent, Loan, Owner, Pulled, QpId, Receive, Received, Remote,
+    Request, Right, Status, Target,
 };
+
+use super::memory::Memory;
 
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -22,7 +25,8 @@ pub enum Kind {
 /// Memory is two halves: where messages come from, and where they go.
 #[derive(Debug)]
 pub struct Flat {
-    memory: Vec<u8>,
+    memory: Memory,
+    half: usize,
     /// Requests posted, by the queue pair's key.
     posted: Vec<u32>,
     /// Keys of queue pairs whose requests have completed.
@@ -38,10 +42,13 @@ pub struct Flat {
 
 impl Flat {
     /// Two halves of `half` bytes each.
-    pub fn new(half: usize, queue_pairs: usize) -> Self {
-        Self {
-            // Written, so that the pages are there.
-            memory: vec![1; 2 * half],
+    ///
+    /// # Errors
+    /// The system has no such memory.
+    pub fn new(half: usize, queue_pairs: usize) -> Result<Self> {
+        Ok(Self {
+            memory: Memory::new(2 * half)?,
+            half,
             posted: vec![0; queue_pairs],
             completed: Vec::with_capacity(4096),
             failed: Vec::new(),
@@ -49,7 +56,7 @@ impl Flat {
             len: 0,
             next: 0,
             next_receive: 0,
-        }
+        })
     }
 
     /// What is posted from now on.
@@ -66,34 +73,31 @@ impl Flat {
 
     /// Copies a message of `len` bytes from one half to the other: the floor.
     pub fn copy(&mut self, len: usize) {
-        let half = self.memory.len() / 2;
-        let at = advance(&mut self.next, len, half) as usize;
-        let (from, to) = self.memory.split_at_mut(half);
-        to[at..at + len].copy_from_slice(&from[at..at + len]);
+        let at = advance(&mut self.next, len, self.half);
+        assert!(
+            self.memory.copy(at, self.half() + at, len),
+            "{len} bytes at {at:#x} are not there"
+        );
     }
 
     fn half(&self) -> u64 {
-        self.memory.len() as u64 / 2
+        self.half as u64
     }
 
-    fn load(&self, at: u64, into: &mut [u8]) -> Answer {
-        match self.memory.get(at as usize..at as usize + into.len()) {
-            Some(bytes) => {
-                into.copy_from_slice(bytes);
-                Answer::Done(())
-            }
-            None => Answer::Failed(Status::LocalProtection),
-        }
+    fn load(&mut self, at: u64, into: &mut [u8]) -> Answer {
+        answer(self.memory.load(at, into))
     }
 
     fn store(&mut self, at: u64, data: &[u8]) -> Answer {
-        match self.memory.get_mut(at as usize..at as usize + data.len()) {
-            Some(bytes) => {
-                bytes.copy_from_slice(data);
-                Answer::Done(())
-            }
-            None => Answer::Failed(Status::LocalProtection),
-        }
+        answer(self.memory.store(at, data))
+    }
+}
+
+fn answer(done: bool) -> Answer {
+    if done {
+        Answer::Done(())
+    } else {
+        Answer::Failed(Status::LocalProtection)
     }
 }
 
@@ -141,6 +145,20 @@ impl Owner for Flat {
     fn gather(&mut self, _: QpId, request: &Request, offset: u32, into: &mut [u8]) -> Answer {
         self.load(u64::from(request.cookie) + u64::from(offset), into)
     }
+    fn lend(&mut self, _: QpId, request: &Request, offset: u32, len: u32) -> Option<Lent> {
+        let at = u64::from(request.cookie) + u64::from(offset);
+        self.memory.has(at, u64::from(len)).then(|| self.memory.lend(at))
+    }
+    fn pull(&mut self, _: QpId, to: Target<'_>, loan: &Loan, from: u32) -> Pulled {
+        let at = match to {
+            Target::Write(Asked { at, .. }) => at.va,
+            Target::Receive(receive, offset) => receive.token + u64::from(offset),
+        };
+        match self.memory.pull(at, loan, from as usize) {
+            Ok(done) => Pulled::Answer(answer(done)),
+            Err(_) => Pulled::Gone,
+        }
+    }
     fn scatter_response(&mut self, _: QpId, request: &Request, offset: u32, data: &[u8]) -> Answer {
         self.store(u64::from(request.cookie) + u64::from(offset), data)
     }
@@ -164,7 +182,7 @@ impl Owner for Flat {
     }
     fn complete_receive(&mut self, _: QpId, _: &Receive, _: &Received) {}
     fn remote_check(&mut self, _: QpId, _: Right, Asked { at, .. }: Asked, len: u32) -> Answer {
-        if at.va + u64::from(len) <= self.memory.len() as u64 {
+        if self.memory.has(at.va, u64::from(len)) {
             Answer::Done(())
         } else {
             Answer::Failed(Status::RemoteAccess)
@@ -177,16 +195,13 @@ impl Owner for Flat {
         self.load(at.va, into)
     }
     fn remote_atomic(&mut self, _: QpId, Asked { at, .. }: Asked, atomic: Atomic) -> Answer<u64> {
-        let Some(word) = self.memory.get_mut(at.va as usize..at.va as usize + 8) else {
-            return Answer::Failed(Status::RemoteAccess);
+        let Atomic::FetchAdd { add } = atomic else {
+            return Answer::Failed(Status::RemoteInvalidRequest);
         };
-        let mut bytes = [0; 8];
-        bytes.copy_from_slice(word);
-        let old = u64::from_le_bytes(bytes);
-        if let Atomic::FetchAdd { add } = atomic {
-            word.copy_from_slice(&old.wrapping_add(add).to_le_bytes());
+        match self.memory.add(at.va, add) {
+            Some(old) => Answer::Done(old),
+            None => Answer::Failed(Status::RemoteAccess),
         }
-        Answer::Done(old)
     }
     fn invalidate(&mut self, _: QpId, _: u32, _: Option<u32>) -> Answer {
         Answer::Done(())

@@ -55,7 +55,7 @@ impl Rig {
         Ok(Self {
             transport: Transport::new(transport),
             endpoint: adapter.endpoint(0),
-            owner: Flat::new(half, keys),
+            owner: Flat::new(half, keys)?,
             adapter,
             qpns: Vec::new(),
             start: Instant::now(),

@@ -59,6 +59,7 @@ pub(in crate::fabric) fn answer(
             extension: Extension::Datagram(Deth::new(Qkey::GSI, Qpn::GSI)),
             global: None,
             payload: Some(payload),
+            loan: None,
         }
     });
     (answer, moved)

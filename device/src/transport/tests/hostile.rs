@@ -53,6 +53,7 @@ fn garbage(dice: &mut Dice, pool: &Pool, near: Psn) -> Packet {
         extension,
         global: dice.permille(300).then(Grh::default),
         payload: (len > 0).then(|| pool.take(len)),
+        loan: None,
     }
 }
 

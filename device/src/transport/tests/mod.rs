@@ -3,6 +3,7 @@
 mod clauses;
 mod dissected;
 mod hostile;
+mod loans;
 mod over_fabric;
 mod parks;
 mod properties;
@@ -11,6 +12,7 @@ mod steady;
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use protos::ib::{Lid, Mtu, Pkey, Psn, Qkey, Qpn, ServiceType};
@@ -24,6 +26,7 @@ struct End {
     inn: Rc<RefCell<VecDeque<Packet>>>,
     pool: Pool,
     cut: bool,
+    near: bool,
     capacity: usize,
 }
 
@@ -40,18 +43,22 @@ impl Link for End {
         }
         Ok(())
     }
+    fn is_near(&mut self, _: u8, _: Lid) -> bool {
+        self.near
+    }
     fn receive(&mut self, _: Time) -> Option<Packet> {
         self.inn.borrow_mut().pop_front()
     }
 }
 
-fn cable(cut: bool) -> (End, End) {
+fn cable(cut: bool, near: bool) -> (End, End) {
     let (a, b) = (Rc::default(), Rc::default());
     let end = |out: &Rc<RefCell<VecDeque<Packet>>>, inn: &Rc<RefCell<VecDeque<Packet>>>| End {
         out: out.clone(),
         inn: inn.clone(),
         pool: Pool::default(),
         cut,
+        near,
         capacity: 256,
     };
     (end(&a, &b), end(&b, &a))
@@ -104,6 +111,7 @@ struct Node {
     park: ParkPlan,
     parked: Vec<(Qpn, Side)>,
     fail_gather: Option<Status>,
+    lending: Option<Arc<loans::Lending>>,
 }
 
 impl Node {
@@ -134,6 +142,7 @@ impl Node {
             park: ParkPlan::default(),
             parked: Vec::new(),
             fail_gather: None,
+            lending: None,
         }
     }
 
@@ -215,6 +224,51 @@ impl Owner for Node {
         let at = self.local(qp, request) + u64::from(offset);
         self.copy_out(qp, Side::Send, at, into)
     }
+    fn lend(&mut self, qp: QpId, request: &Request, offset: u32, len: u32) -> Option<Lent> {
+        let at = (self.local(qp, request) + u64::from(offset)) as usize;
+        let bytes = &self.memory[at..at + len as usize];
+        self.lending.as_ref().map(|l| l.lend(qp, request.index, bytes))
+    }
+    fn pull(&mut self, qp: QpId, to: Target<'_>, loan: &Loan, from: u32) -> Pulled {
+        let len = loan.len() - from as usize;
+        let refused = match to {
+            Target::Write(Asked { at, xrc_srqn }) => {
+                self.asked.push(xrc_srqn);
+                self.allowed(Right::Write, at, len as u64)
+            }
+            Target::Receive(receive, offset) => {
+                let posted = self.taken[&receive.token];
+                (u64::from(offset) + len as u64 > posted.len).then_some(Status::LocalLength)
+            }
+        };
+        if let Some(status) = refused {
+            return Pulled::Answer(Answer::Failed(status));
+        }
+        let start = match to {
+            Target::Write(asked) => asked.at.va,
+            Target::Receive(receive, offset) => self.taken[&receive.token].start + u64::from(offset),
+        } as usize;
+        let mut done = 0;
+        while done < len {
+            let taken = loan.show(from as usize + done, len - done, &mut |shown| {
+                let Shown::Bytes(bytes) = shown else {
+                    panic!("{shown:?}");
+                };
+                self.memory[start + done..][..bytes.len()].copy_from_slice(bytes);
+                done += bytes.len();
+                bytes.len()
+            });
+            if taken == Err(Gone) {
+                return Pulled::Gone;
+            }
+        }
+        // (What is behind the page comes a second time then.)
+        if self.parks(qp, Side::Receive) {
+            let done = self.dice.below(len as u64) as u32;
+            return Pulled::Answer(Answer::Parked { done });
+        }
+        Pulled::Answer(Answer::Done(()))
+    }
     fn scatter_response(&mut self, qp: QpId, request: &Request, offset: u32, data: &[u8]) -> Answer {
         let at = self.local(qp, request) + u64::from(offset);
         self.copy_in(qp, Side::Response, at, data)
@@ -227,6 +281,9 @@ impl Owner for Node {
         Answer::Done(())
     }
     fn complete_send(&mut self, qp: QpId, request: &Request, status: Status) {
+        if let Some(lending) = &self.lending {
+            lending.end(qp, request.index);
+        }
         self.sent.push((qp.qpn, request.index, status));
     }
     fn take_receive(&mut self, qp: QpId, xrc_srqn: Option<u32>) -> Answer<Option<Receive>> {
@@ -335,6 +392,8 @@ struct Options {
     impairments: Impairments,
     seed: u64,
     cut: bool,
+    /// Payload is lent. In parts per thousand: how often it is not there.
+    lend: Option<u16>,
     mtu: Mtu,
     park: u16,
     psn: u32,
@@ -350,6 +409,7 @@ impl Default for Options {
             impairments: Impairments::default(),
             seed: 1,
             cut: false,
+            lend: None,
             mtu: Mtu::B1024,
             park: 0,
             // Numbers wrap around soon.
@@ -369,10 +429,13 @@ fn qpn(number: u32) -> Qpn {
 
 impl Pair {
     fn new(options: Options) -> Self {
-        let (a, b) = cable(options.cut);
+        let (a, b) = cable(options.cut, options.lend.is_some());
         let side = |end, lid, seed: u64| {
             let mut node = Node::new(options.seed ^ seed);
             node.park.permille = options.park;
+            node.lending = options
+                .lend
+                .map(|gone| loans::Lending::new(options.seed ^ seed, gone));
             Side2 {
                 transport: Transport::new(options.config),
                 node,

@@ -136,17 +136,19 @@ fn check(plan: &Plan, side: &Side2, other: &Side2, own: Qpn, dest: Qpn, base: u6
     );
 }
 
-fn run(seed: u64, impairments: Impairments, park: u16, cut: bool) {
-    let note = format!("seed {seed}, {impairments:?}, park {park}, cut {cut}");
+fn run(seed: u64, impairments: Impairments, park: u16, cut: bool, lend: Option<u16>) {
+    let note = format!("seed {seed}, {impairments:?}, park {park}, cut {cut}, lend {lend:?}");
     let options = Options {
         seed,
         impairments,
         park,
         cut,
+        lend,
         config: Config {
             // Several segments for a message, several windows.
             segment: 2048,
             window: 8192,
+            least_loan: 1,
             ..Config::default()
         },
         ..Options::default()
@@ -179,8 +181,15 @@ fn test_reliable_connections_when_the_link_is_bad_deliver_once_and_in_order() {
     };
     for seed in 0..rounds {
         for impairments in [bad(0, 0, 0), bad(30, 0, 0), bad(0, 100, 100), bad(20, 30, 30)] {
-            for (park, cut) in [(0, false), (0, true), (100, false), (60, true)] {
-                run(seed, impairments, park, cut);
+            for (park, cut, lend) in [
+                (0, false, None),
+                (0, true, None),
+                (100, false, None),
+                (60, true, None),
+                (0, false, Some(0)),
+                (60, false, Some(100)),
+            ] {
+                run(seed, impairments, park, cut, lend);
             }
         }
     }
