@@ -200,7 +200,7 @@ fn config(args: &DeviceArgs) -> GruConfig {
         },
         map_tfh: args.map_tfh,
         engines: args.engines as usize,
-        spin: args.spin.map_or(standard.spin, std::time::Duration::from_micros),
+        spin: args.spin.map(std::time::Duration::from_micros),
         sanitize: level.is_some(),
         follow_changes: level == Some(sanitizer::WITH_CHANGES),
         broken,

@@ -145,6 +145,8 @@ impl Initramfs {
         for program in &programs {
             self.add_program_of(&tree, program)?;
         }
+        // The C library loads it when a thread is cancelled or ends itself: rping's do.
+        self.add_library_of(&tree, &format!("{LIBRARIES}/libgcc_s.so.1"))?;
         // busybox's own shell runs its other programs whatever PATH says: `ip` would be its.
         self.add_program_of(&tree, "usr/bin/dash")?;
         self.add_link("bin/sh", "dash");

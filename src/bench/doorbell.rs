@@ -75,7 +75,7 @@ struct Amount {
 
 impl Amount {
     fn of(args: &DoorbellArgs) -> Self {
-        match args.quick {
+        match args.measuring.quick {
             true => Self {
                 blocks: 8,
                 calls: 200,
@@ -102,7 +102,7 @@ pub fn run(args: &DoorbellArgs, out: &mut impl std::io::Write) -> Result<()> {
     let begin = Instant::now();
     let unpin = Unpin::later()?;
     let processors = Placement::DeviceApart.processors(unpin.allowed());
-    let mut result = DoorbellResult::new(args.quick, args.seed);
+    let mut result = DoorbellResult::new(args.measuring.quick, args.measuring.seed);
     result.shared_processor = processors.as_ref().err().map(ToString::to_string);
     let processors = processors.unwrap_or_default();
     let mut subjects = Vec::new();
@@ -119,12 +119,17 @@ pub fn run(args: &DoorbellArgs, out: &mut impl std::io::Write) -> Result<()> {
     let [_, _, poll, spin] = &subjects[..] else {
         unreachable!("there are four modes")
     };
-    result.busy = Some(paired(&compare(spin, poll, amount, &stop)?, args.seed));
+    result.busy = Some(paired(&compare(spin, poll, amount, &stop)?, args.measuring.seed));
     for subject in subjects {
         subject.end()?;
     }
     result.elapsed_ms = begin.elapsed().as_millis() as u64;
-    super::print(args.json.as_deref(), &result.json(), || result.table(), out)
+    super::print(
+        args.measuring.json.as_deref(),
+        &result.json(),
+        || result.table(),
+        out,
+    )
 }
 
 /// VLOAD hits, back to back, on both in turn.

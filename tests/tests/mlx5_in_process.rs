@@ -13,12 +13,17 @@ use driver::mlx5::{
 use protos::mlx5::Layout;
 use protos::mlx5::caps::{HcaCap, Kind};
 use protos::mlx5::cmd::{Opcode, Status};
+use protos::mlx5::commands::{CONTEXT, ModifyQp, Output, PAGES, QP_CONTEXT, RMP_CONTEXT};
 use protos::mlx5::cq::{CqeOpcode, Syndrome};
 use protos::mlx5::eq::{DATA_NUMBER, Event};
-use protos::mlx5::mkey::{MTT_READ, MTT_WRITE, Mkc, mask};
-use protos::mlx5::qp::{Qpc, State};
+use protos::mlx5::mkey::{ANY_QP, AccessMode, MTT_READ, MTT_WRITE, Mkc, mask};
+use protos::mlx5::qp::{Ads, PRIMARY_PATH, Qpc, ReceiveQueue, ServiceType, State};
+use protos::mlx5::srq::Rmpc;
+use protos::mlx5::uar;
+use protos::mlx5::wqe::Data;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use tests::in_process::InProcess;
+use zerocopy::IntoBytes;
 
 const MEMORY: u64 = 64 << 20;
 /// Virtual address of the test's regions: not their IOVA.
@@ -104,6 +109,31 @@ impl Rig {
     /// The next completion of that side's queue.
     fn completion(&mut self, side: usize) -> protos::mlx5::cq::Cqe {
         self.hca.wait_completion(&mut self.cqs[side]).unwrap()
+    }
+}
+
+/// The number of what a command with a context at `at` makes.
+fn make(hca: &Hca, opcode: Opcode, at: usize, context: &[u8], pages: &[u64]) -> u32 {
+    let mut input = vec![0; PAGES];
+    input[at..at + context.len()].copy_from_slice(context);
+    input.extend(pages.iter().flat_map(|page| page.to_be_bytes()));
+    let output = hca.command(opcode, 0, &input[8..], 16).unwrap();
+    Output::from_prefix(&output).get(Output::NUMBER)
+}
+
+/// A command about the object of that number.
+fn about(hca: &Hca, opcode: Opcode, number: u32, room: usize) -> Result<Vec<u8>, Mlx5Error> {
+    let mut input = number.to_be_bytes().to_vec();
+    input.extend([0; 4]);
+    hca.command(opcode, 0, &input, room)
+}
+
+/// Asks until the answer is yes.
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !done() {
+        assert!(begin.elapsed() < Duration::from_secs(120), "{what}");
+        std::thread::yield_now();
     }
 }
 
@@ -532,4 +562,161 @@ fn test_dump_when_queues_have_worked_shows_registers_objects_and_counters() {
         .sum();
     // The data and its acknowledgement, at least.
     assert!(sent >= 2, "{stats}");
+}
+
+#[test]
+fn test_physical_key_when_changed_by_work_request_reaches_what_it_reached() {
+    let mut rig = rig(Service::Rc);
+    let context = Mkc::zeroed()
+        .with(Mkc::MODE_LOW, u32::from(AccessMode::PA.0))
+        .with(Mkc::UMR_ENABLE, 1)
+        .with(Mkc::LENGTH64, 1)
+        .with(Mkc::QPN, ANY_QP)
+        .with(Mkc::PD, rig.pd)
+        .with(Mkc::LOCAL_WRITE, 1);
+    let index = make(&rig.hca, Opcode::CREATE_MKEY, CONTEXT, &context.0, &[]);
+    let key = MemoryKey { key: index << 8 };
+    let values = Mkc::zeroed().with(Mkc::REMOTE_WRITE, 1);
+    rig.hca
+        .post_registration(&mut rig.qps[0], key, mask::RW, &values, &[])
+        .unwrap();
+    assert_eq!(rig.completion(0).opcode(), CqeOpcode::REQUESTER);
+    let sent = rig.fill(0, 21, 5000);
+    let iova = rig.regions[1].iova;
+    rig.send(SendRequest::Write(iova, key.key), VA, 5000);
+    assert_eq!(rig.completion(0).opcode(), CqeOpcode::REQUESTER);
+    assert_eq!(rig.contents(1, 0, 5000), sent);
+}
+
+#[test]
+fn test_event_queue_when_destroyed_by_a_number_that_is_too_large_stays() {
+    let rig = rig(Service::Rc);
+    for number in [0x100, 0x80_0000] {
+        let number = number | rig.eq.number();
+        assert!(
+            about(&rig.hca, Opcode::QUERY_EQ, number, 0x200).is_err(),
+            "{number:#x}"
+        );
+        assert!(
+            about(&rig.hca, Opcode::DESTROY_EQ, number, 16).is_err(),
+            "{number:#x}"
+        );
+    }
+    about(&rig.hca, Opcode::QUERY_EQ, rig.eq.number(), 0x200).unwrap();
+}
+
+/// A list of receive requests of 32 bytes, `1 << log_size` of them.
+fn receive_pool(rig: &Rig, log_size: u32, list: Region, record: Region) -> u32 {
+    let context = Rmpc::zeroed()
+        .with(Rmpc::LOG_STRIDE, 5)
+        .with(Rmpc::LOG_SIZE, log_size)
+        .with(Rmpc::PD, rig.pd)
+        .with_wide(Rmpc::DBR_ADDR, record.iova);
+    make(
+        &rig.hca,
+        Opcode::CREATE_RMP,
+        RMP_CONTEXT,
+        &context.0,
+        &[list.iova],
+    )
+}
+
+#[test]
+fn test_shared_queue_when_destroyed_in_the_middle_of_a_message_ends_it_whoever_has_its_number() {
+    let mut rig = rig(Service::Rc);
+    let (list, record) = (
+        rig.hca.memory().take(4096).unwrap(),
+        rig.hca.memory().take(64).unwrap(),
+    );
+    let pool = receive_pool(&rig, 4, list, record);
+    for index in 0..4u16 {
+        let data = Data {
+            byte_count: (1 << 19).into(),
+            lkey: rig.keys[1].key.into(),
+            address: VA.into(),
+        };
+        let mut wqe = [0; 32];
+        wqe[2..4].copy_from_slice(&(index + 1).to_be_bytes());
+        wqe[16..].copy_from_slice(data.as_bytes());
+        rig.hca.memory().write(list.iova + u64::from(index) * 32, &wqe);
+    }
+    rig.hca
+        .memory()
+        .write(record.iova + uar::DBR_RECEIVE, &4u32.to_be_bytes());
+    // Whoever sends to the queue pair that receives from it. Both begin with the same sequence number.
+    let mut senders = [0, 1].map(|_| {
+        rig.hca
+            .queue_pair(Service::Rc, rig.pd, 5, &rig.cqs[0], &rig.cqs[0])
+            .unwrap()
+    });
+    let context = Qpc::zeroed()
+        .with(Qpc::SERVICE, u32::from(ServiceType::RC.0))
+        .with(Qpc::PD, rig.pd)
+        .with(Qpc::RQ_TYPE, u32::from(ReceiveQueue::SHARED.0))
+        .with(Qpc::SRQN, pool)
+        .with(Qpc::NO_SQ, 1)
+        .with(Qpc::CQN_SEND, rig.cqs[1].number())
+        .with(Qpc::CQN_RECEIVE, rig.cqs[1].number());
+    let receiver = make(&rig.hca, Opcode::CREATE_QP, QP_CONTEXT, &context.0, &[]);
+    let lid = rig.hca.lid().unwrap();
+    let mut context = context
+        .with(Qpc::MTU, 5)
+        .with(Qpc::LOG_MSG_MAX, 30)
+        .with(Qpc::REMOTE_QPN, senders[0].number());
+    let path = Ads::zeroed().with(Ads::PORT, 1).with(Ads::RLID, u32::from(lid));
+    context.0[PRIMARY_PATH..PRIMARY_PATH + size_of::<Ads>()].copy_from_slice(&path.0);
+    for opcode in [Opcode::RST2INIT_QP, Opcode::INIT2RTR_QP] {
+        let mut input = ModifyQp::zeroed().0.to_vec();
+        input[8..12].copy_from_slice(&receiver.to_be_bytes());
+        input.resize(PAGES, 0);
+        input[QP_CONTEXT..QP_CONTEXT + context.0.len()].copy_from_slice(&context.0);
+        rig.hca.command(opcode, 0, &input[8..], 16).unwrap();
+    }
+    for sender in &mut senders {
+        let to = Connection {
+            qpn: receiver,
+            lid,
+            retries: 7,
+            timeout: 14,
+        };
+        rig.hca.connect(sender, to).unwrap();
+    }
+    let key = rig.keys[0];
+    let mut send = |rig: &Rig, side: usize, va: u64, len: u32| {
+        rig.hca
+            .post_send(&mut senders[side], SendRequest::Send(None), key, va, len)
+            .unwrap();
+    };
+    // A whole message, and the first 64 KiB of one whose rest cannot be read.
+    send(&rig, 0, VA, 8);
+    assert_eq!(rig.completion(0).opcode(), CqeOpcode::REQUESTER);
+    send(&rig, 0, VA + (1 << 20) - (64 << 10), 100_000);
+    assert_eq!(rig.completion(0).syndrome(), Some(Syndrome::LOCAL_PROTECTION));
+    wait_until("the second receive request is taken", || {
+        let output = about(&rig.hca, Opcode::QUERY_RMP, pool, 0x110).unwrap();
+        Rmpc::from_prefix(&output[RMP_CONTEXT..]).get(Rmpc::SW_COUNTER) == 2
+    });
+    let state = |rig: &Rig| {
+        let output = about(&rig.hca, Opcode::QUERY_QP, receiver, 0x110).unwrap();
+        State(Qpc::from_prefix(&output[QP_CONTEXT..]).get(Qpc::STATE) as u8)
+    };
+    assert_eq!(state(&rig), State::RTR);
+    about(&rig.hca, Opcode::DESTROY_RMP, pool, 16).unwrap();
+    // Its number again, for a list of one: what was taken before is beyond its end.
+    loop {
+        let other = receive_pool(&rig, 0, list, record);
+        if other == pool {
+            break;
+        }
+        about(&rig.hca, Opcode::DESTROY_RMP, other, 16).unwrap();
+    }
+    // The rest comes, after what the receiver has had already.
+    send(&rig, 1, VA, 8);
+    send(&rig, 1, VA, 100_000);
+    wait_until("the message ends", || state(&rig) == State::ERR);
+    // Both workers live.
+    let sent = rig.fill(0, 33, 64);
+    let rkey = rig.keys[1].key;
+    rig.send(SendRequest::Write(VA, rkey), VA, 64);
+    wait_until("a write between the others", || rig.contents(1, 0, 64) == sent);
 }

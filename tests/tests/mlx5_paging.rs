@@ -318,6 +318,60 @@ fn test_fault_when_it_is_resumed_with_an_error_ends_the_request_on_its_side() {
     }
 }
 
+/// Where a key of a key is.
+const OUTER: u64 = 0x1_0000_0000;
+
+#[test]
+fn test_fault_when_a_key_inside_another_is_not_known_is_asked_of_the_other_one() {
+    for served in [true, false] {
+        let mut rig = rig();
+        let mut paged = paged(&rig.hca, &mut rig.pager);
+        let pd = rig.hca.query(&rig.pager.qp).unwrap().get(Qpc::PD);
+        let outer = rig
+            .hca
+            .indirect_key(pd, paged.key, VA, OUTER, PAGES as u32 * PAGE as u32, &RIGHTS)
+            .unwrap();
+        let sent = rig.pattern(rig.region.iova, 9, 64);
+        let request = SendRequest::Write(OUTER + PAGE + 8, outer.key);
+        rig.hca
+            .post_send(&mut rig.qps[0], request, rig.key, VA, 64)
+            .unwrap();
+        let fault = rig.fault();
+        assert_eq!((fault.key, fault.va), (paged.key.key, VA + PAGE));
+        rig.hca.resume_fault(&fault, true).unwrap();
+        let fault = rig.fault();
+        assert_eq!((fault.key, fault.va, fault.pages), (outer.key, OUTER + PAGE, 1));
+        paged.present[1] = served;
+        rig.pager.load(&rig.hca, &paged);
+        rig.hca.resume_fault(&fault, !served).unwrap();
+        let cqe = rig.completion(0);
+        if served {
+            assert_eq!(cqe.opcode(), CqeOpcode::REQUESTER, "{cqe:?}");
+            assert_eq!(rig.bytes(paged.region.iova + PAGE + 8, 64), sent);
+        } else {
+            assert_eq!(cqe.syndrome(), Some(Syndrome::REMOTE_ACCESS));
+        }
+    }
+}
+
+#[test]
+fn test_key_when_it_names_a_key_of_another_protection_domain_is_good_for_nothing() {
+    let mut rig = rig();
+    let pd = rig.hca.query(&rig.pager.qp).unwrap().get(Qpc::PD);
+    let other = rig.hca.protection_domain().unwrap();
+    let region = rig.hca.memory().take(PAGE).unwrap();
+    let theirs = rig.hca.memory_key(other, region, VA, &RIGHTS).unwrap();
+    let outer = rig
+        .hca
+        .indirect_key(pd, theirs, VA, OUTER, PAGE as u32, &RIGHTS)
+        .unwrap();
+    let request = SendRequest::Write(OUTER, outer.key);
+    rig.hca
+        .post_send(&mut rig.qps[0], request, rig.key, VA, 64)
+        .unwrap();
+    assert_eq!(rig.completion(0).syndrome(), Some(Syndrome::REMOTE_ACCESS));
+}
+
 #[test]
 fn test_fault_when_two_queue_pairs_meet_the_page_is_told_once_and_resumes_both() {
     let mut rig = rig();

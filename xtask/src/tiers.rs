@@ -32,6 +32,8 @@ const IN_PROCESS: &[&str] = &[
     "gru_in_process",
     "gru_nonsleeping",
     "mlx5_in_process",
+    "mlx5_in_process_cq",
+    "mlx5_in_process_xrc",
     "mlx5_paging",
 ];
 

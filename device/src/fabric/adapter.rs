@@ -204,8 +204,7 @@ impl Adapter {
     /// A port, from 1.
     #[must_use]
     pub fn port(&self, number: u8) -> Option<PortStatus> {
-        let port = self.ports.get(usize::from(number).checked_sub(1)?)?;
-        let lid = Lid(port.lid.load(Ordering::Relaxed));
+        let (lid, gid) = self.address(number)?;
         let sm_lid = self.shared.lock().subnet.manager;
         Some(PortStatus {
             lid,
@@ -214,8 +213,15 @@ impl Adapter {
             sm_sl: 0,
             active: lid != Lid::NONE,
             mtu: Mtu::B4096,
-            gid: port.gid,
+            gid,
         })
+    }
+
+    /// LID ([`Lid::NONE`]: down) and GID 0 of a port, from 1, without waiting for anybody.
+    #[must_use]
+    pub fn address(&self, number: u8) -> Option<(Lid, Gid)> {
+        let port = self.ports.get(usize::from(number).checked_sub(1)?)?;
+        Some((Lid(port.lid.load(Ordering::Relaxed)), port.gid))
     }
 
     /// What it was made with.

@@ -91,7 +91,7 @@ fn subnet(adapter: &Adapter, port: u8, header: &MadHeader, request: &[u8; MAD]) 
             let number = if modifier == 0 { u32::from(port) } else { modifier };
             let number = u8::try_from(number).map_err(|_| status::BAD_FIELD)?;
             let at = adapter.port(number).ok_or(status::BAD_FIELD)?;
-            port_info(adapter, number, &at).as_bytes().to_vec()
+            port_info(number, &at).as_bytes().to_vec()
         }
         smp::GUID_INFO => {
             let mut guids = [0; 64];
@@ -115,7 +115,7 @@ fn subnet(adapter: &Adapter, port: u8, header: &MadHeader, request: &[u8; MAD]) 
     Ok((smp::DATA, data))
 }
 
-fn port_info(adapter: &Adapter, number: u8, at: &PortStatus) -> PortInfo {
+fn port_info(number: u8, at: &PortStatus) -> PortInfo {
     let (state, physical) = if at.active {
         (port_info::STATE_ACTIVE, port_info::PHYSICAL_LINK_UP)
     } else {
@@ -125,7 +125,6 @@ fn port_info(adapter: &Adapter, number: u8, at: &PortStatus) -> PortInfo {
         | port_info::CAP_CM
         | port_info::CAP_EXTENDED_SPEEDS
         | port_info::CAP_CLIENT_REREGISTER;
-    let _ = adapter;
     PortInfo {
         gid_prefix: at.gid.prefix().into(),
         lid: at.lid.0.into(),

@@ -238,6 +238,16 @@ pub struct Endpoint {
     pub(super) taken: VecDeque<Packet>,
 }
 
+impl Endpoint {
+    /// Throws away what has come, and comes to an end whoever goes on sending.
+    pub fn clear(&mut self) {
+        self.taken.clear();
+        self.local.clear();
+        self.inbox.take(&mut self.taken);
+        self.taken.clear();
+    }
+}
+
 /// A wake that can be shown.
 #[derive(Clone)]
 pub(super) struct WakeHandle(pub(super) Arc<dyn Wake>);

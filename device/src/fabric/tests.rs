@@ -243,3 +243,28 @@ fn test_multicast_when_joined_through_the_manager_reaches_members_only() {
     let got: Vec<bool> = ends.iter_mut().map(|end| end.receive(NOW).is_some()).collect();
     assert_eq!(got, [true, true, false]);
 }
+
+#[test]
+fn test_endpoint_when_cleared_has_nothing_of_before_and_room_again() {
+    let fabric = Fabric::new();
+    let ((a, counts), (b, _)) = (attach(&fabric, 0x10, 1), attach(&fabric, 0x20, 1));
+    let lid = b.port(1).unwrap().lid;
+    let (mut from, mut to) = (a.endpoint(0), b.endpoint(0));
+    let one = || packet(lid, Qpn::new(0x40), b"one");
+    from.transmit(one(), NOW).unwrap();
+    from.transmit(one(), NOW).unwrap();
+    // One is in the hands of the reader, others are in the inbox, others come from itself.
+    assert!(to.receive(NOW).is_some());
+    while from.transmit(one(), NOW).is_ok() {}
+    to.transmit(one(), NOW).unwrap();
+    let woken = counts[0].0.load(Ordering::Relaxed);
+    to.clear();
+    assert!(to.receive(NOW).is_none());
+    assert_eq!(
+        counts[0].0.load(Ordering::Relaxed),
+        woken + 1,
+        "whoever found it full"
+    );
+    from.transmit(packet(lid, Qpn::new(0x40), b"new"), NOW).unwrap();
+    assert_eq!(to.receive(NOW).unwrap().data(), b"new");
+}

@@ -1,7 +1,8 @@
 //! Fabrics of several processes as one, over sockets: a star around the process with the subnet manager.
 //!
 //! A trunk carries packets as on a wire. While it is down, packets are lost, as with a cable that is pulled: queue
-//! pairs notice by their timers. It is made again by the one that connects, which keeps its LIDs.
+//! pairs notice by their timers. It is made again by the one that connects, which keeps its LIDs
+//! unless others have been given them meanwhile.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -431,18 +432,24 @@ fn serve(shared: &Weak<Shared>, mut stream: Stream, ends: &Arc<Ends>) -> io::Res
     let Some(strong) = shared.upgrade() else {
         return Ok(());
     };
+    let bell = Arc::new(Bell::default());
+    let inbox = Arc::new(Inbox::new(bell.clone()));
     let (welcome, block) = {
+        // Chosen and taken at once, or two that ask for one block get it. And before the other side hears that it is
+        // up: what is sent to it from then on has a way.
         let mut state = strong.lock();
-        let taken = |block: u16| {
-            let target = state.routes.target(Lid(block));
-            matches!(target, Some(Target::Trunk(_)))
-        };
-        let wanted = hello.block.get();
-        let wanted = if taken(wanted) { 0 } else { wanted };
+        let routes = state.routes.clone();
+        let taken = |block: u16| matches!(routes.target(Lid(block)), Some(Target::Trunk(_)));
         let block = state
             .subnet
-            .block(wanted)
+            .block(hello.block.get(), taken)
             .ok_or_else(|| invalid("no LIDs are left"))?;
+        strong.change(&mut state, |routes| {
+            routes.trunks.push(inbox.clone());
+            for lid in block.0..block.1 {
+                routes.set(Lid(lid), Some(Target::Trunk(inbox.clone())));
+            }
+        });
         let welcome = Welcome {
             magic: MAGIC.into(),
             version: VERSION.into(),
@@ -454,18 +461,6 @@ fn serve(shared: &Weak<Shared>, mut stream: Stream, ends: &Arc<Ends>) -> io::Res
         };
         (welcome, block)
     };
-    let bell = Arc::new(Bell::default());
-    let inbox = Arc::new(Inbox::new(bell.clone()));
-    {
-        // Before the other side hears that it is up: what is sent to it from then on has a way.
-        let mut state = strong.lock();
-        strong.change(&mut state, |routes| {
-            routes.trunks.push(inbox.clone());
-            for lid in block.0..block.1 {
-                routes.set(Lid(lid), Some(Target::Trunk(inbox.clone())));
-            }
-        });
-    }
     drop(strong);
     let result = write_frame(&mut stream, kind::WELCOME, welcome.as_bytes())
         .and_then(|()| carry(shared, stream, ends, &inbox, &bell, Some(block)));

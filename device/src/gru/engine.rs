@@ -62,14 +62,23 @@ impl Yielding {
 #[derive(Debug)]
 struct Spin {
     limit: Duration,
+    /// Somebody has chosen the limit: it holds whoever else wants the processor.
+    chosen: bool,
     budget: Duration,
     since: Option<Instant>,
 }
 
 impl Spin {
-    fn new(limit: Duration) -> Self {
+    fn new(doorbell: Doorbell, chosen: Option<Duration>) -> Self {
+        let few = || std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() <= 2);
+        let limit = match (doorbell, chosen) {
+            (Doorbell::Bell, _) => Duration::ZERO,
+            (_, Some(limit)) => limit,
+            (_, None) => Duration::from_micros(if few() { 50 } else { 200 }),
+        };
         Self {
             limit,
+            chosen: chosen.is_some(),
             budget: limit,
             since: None,
         }
@@ -86,7 +95,7 @@ impl Spin {
             match yielding {
                 None => std::hint::spin_loop(),
                 Some(yielding) => {
-                    if yielding.is_dear() {
+                    if !self.chosen && yielding.is_dear() {
                         self.since = None;
                         return false;
                     }
@@ -119,11 +128,7 @@ impl Drop for Vital {
 pub(super) fn run(hardware: &Arc<Hardware>, mut bench: Bench) {
     let _vital = Vital;
     let wake = &hardware.wake;
-    let limit = match hardware.config.doorbell {
-        Doorbell::Bell => Duration::ZERO,
-        Doorbell::Trap | Doorbell::Poll => hardware.config.spin,
-    };
-    let mut spin = Spin::new(limit);
+    let mut spin = Spin::new(hardware.config.doorbell, hardware.config.spin);
     let mut yielding = Yielding::default();
     let mut passes = 0u32;
     let mut full = true;
@@ -306,9 +311,11 @@ impl Hardware {
 mod tests {
     use super::*;
 
+    const HOUR: Duration = Duration::from_secs(3600);
+
     #[test]
     fn test_spin_when_nothing_comes_shrinks_and_ends() {
-        let mut spin = Spin::new(Duration::from_micros(80));
+        let mut spin = Spin::new(Doorbell::Poll, Some(Duration::from_micros(80)));
         while spin.again(None) {}
         assert_eq!(spin.budget, Duration::from_micros(40));
         for _ in 0..9 {
@@ -318,17 +325,30 @@ mod tests {
         spin.again(None);
         spin.found();
         assert_eq!(spin.budget, Duration::from_micros(20));
-        let mut none = Spin::new(Duration::ZERO);
+        let mut none = Spin::new(Doorbell::Poll, Some(Duration::ZERO));
         assert!(!none.again(None));
     }
 
     #[test]
     fn test_spin_when_yields_are_dear_ends_at_once_for_a_while() {
         let mut yielding = Yielding { crowded: AVOIDED };
-        let mut spin = Spin::new(Duration::from_secs(3600));
+        let mut spin = Spin {
+            chosen: false,
+            ..Spin::new(Doorbell::Poll, Some(HOUR))
+        };
         for _ in 0..AVOIDED {
             assert!(!spin.again(Some(&mut yielding)));
         }
         assert!(spin.again(Some(&mut yielding)), "one is tried again");
+    }
+
+    #[test]
+    fn test_spin_when_its_limit_was_chosen_goes_on_where_yields_are_dear() {
+        let mut yielding = Yielding { crowded: AVOIDED };
+        let mut spin = Spin::new(Doorbell::Poll, Some(HOUR));
+        for _ in 0..AVOIDED {
+            assert!(spin.again(Some(&mut yielding)));
+        }
+        assert!(!Spin::new(Doorbell::Bell, Some(HOUR)).again(Some(&mut yielding)));
     }
 }

@@ -130,8 +130,8 @@ pub struct GruConfig {
     /// Engine threads, 1 to 16.
     pub engines: usize,
     /// Longest time that an engine looks for work before it sleeps. Zero: sleeps at once, as always in
-    /// [`Doorbell::Bell`] mode.
-    pub spin: Duration,
+    /// [`Doorbell::Bell`] mode. `None`: 50 or 200 µs, by the number of processors, and none while others want this one.
+    pub spin: Option<Duration>,
     /// TLB sets of a chiplet (16.1).
     pub tlb_sets: usize,
     /// TLB ways (16.1).
@@ -163,12 +163,11 @@ pub struct GruConfig {
 
 impl Default for GruConfig {
     fn default() -> Self {
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             doorbell: Doorbell::Trap,
             map_tfh: false,
             engines: 2,
-            spin: Duration::from_micros(if cpus <= 2 { 50 } else { 200 }),
+            spin: None,
             tlb_sets: 1024,
             tlb_ways: 4,
             store_miss_cause: tfh_words::Cause::TLB_MOD,

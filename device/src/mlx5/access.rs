@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use protos::mlx5::mkey::AccessMode;
+use protos::mlx5::Layout;
+use protos::mlx5::mkey::{AccessMode, Mkc};
 
 use super::faults::Missing;
 use super::memory::Port;
@@ -125,12 +126,9 @@ fn copy_through(
                 done += len;
             }
             Found::Key { key, va, len } => {
-                let child = mkeys.find(key).ok_or(Trouble::Violation)?;
-                if !child.covers(va, len as u64) {
-                    return Err(Trouble::Violation);
-                }
+                let child = inner(mkeys, mkey, key, va, len as u64)?;
                 copy_through(port, mkeys, &child, va, &mut bytes.part(done, len), depth + 1)
-                    .map_err(|trouble| trouble.after(done))?;
+                    .map_err(|trouble| trouble.below(mkey, at).after(done))?;
                 done += len;
             }
         }
@@ -147,6 +145,7 @@ pub(super) fn atomic(
     operate: impl Fn(&std::sync::atomic::AtomicU64) -> u64,
 ) -> Result<u64, Trouble> {
     let (mut mkey, mut va) = (Arc::clone(mkey), va);
+    let mut outer: Option<(Arc<Mkey>, u64)> = None;
     for _ in 0..=MAX_DEPTH {
         loop {
             if !is_indirect(&mkey)
@@ -158,16 +157,21 @@ pub(super) fn atomic(
                 guard.check().map_err(|_| Trouble::Violation)?;
                 return Ok(before);
             }
-            match find(port, mkeys, &mkey, va, 8, Access::Write)? {
+            let found = find(port, mkeys, &mkey, va, 8, Access::Write);
+            match found.map_err(|trouble| match &outer {
+                Some((key, at)) => trouble.below(key, *at),
+                None => trouble,
+            })? {
                 Found::Again => {}
                 // There is no atomic message.
                 Found::ByMessage { .. } => return Err(Trouble::Violation),
-                Found::Key { key, va: inner, len } => {
-                    let child = mkeys.find(key).ok_or(Trouble::Violation)?;
-                    if len < 8 || !child.covers(inner, 8) {
+                Found::Key { key, va: there, len } => {
+                    if len < 8 {
                         return Err(Trouble::Violation);
                     }
-                    (mkey, va) = (child, inner);
+                    let child = inner(mkeys, &mkey, key, there, 8)?;
+                    outer = Some((mkey, va));
+                    (mkey, va) = (child, there);
                     break;
                 }
             }
@@ -176,7 +180,29 @@ pub(super) fn atomic(
     Err(Trouble::Violation)
 }
 
+/// The key that a piece of another key names: of the same protection domain, or anybody could name anybody's.
+fn inner(mkeys: &Mkeys, outer: &Mkey, key: u32, va: u64, len: u64) -> Result<Arc<Mkey>, Trouble> {
+    let domain = outer.context.get(Mkc::PD);
+    mkeys
+        .find(key)
+        .filter(|inner| inner.context.get(Mkc::PD) == domain && inner.covers(va, len))
+        .ok_or(Trouble::Violation)
+}
+
 impl Trouble {
+    /// The same, met through a piece of `outer` at its address `at`.
+    fn below(self, outer: &Mkey, at: u64) -> Self {
+        match self {
+            Self::Absent { done, mut missing } => {
+                missing
+                    .outer
+                    .get_or_insert((outer.key(), at.wrapping_add(done as u64)));
+                Self::Absent { done, missing }
+            }
+            Self::Violation => Self::Violation,
+        }
+    }
+
     /// The same with bytes before it.
     pub(super) fn after(self, before: usize) -> Self {
         match self {
@@ -227,6 +253,7 @@ fn look(
             key: mkey.key(),
             va,
             len: len as u64,
+            outer: None,
         },
     };
     let within = |left: u64| len.min(usize::try_from(left).unwrap_or(usize::MAX));

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use protos::mlx5::cq::{
-    Cqc, Cqe, CqeOpcode, STATE_ARMED, STATE_FIRED, STATE_SOLICITED_ARMED, STATUS_OVERFLOW,
+    CQE_PADDED, Cqc, Cqe, CqeOpcode, STATE_ARMED, STATE_FIRED, STATE_SOLICITED_ARMED, STATUS_OVERFLOW,
 };
 use protos::mlx5::eq::{DATA_NUMBER, Eqe, Event};
 use protos::mlx5::{Layout, uar};
@@ -150,7 +150,8 @@ impl Cq {
             return Posted::Yes;
         }
         let state = &mut *state;
-        if state.full() {
+        // (A driver that ignores overruns has its unread entries overwritten.)
+        if state.full() && !state.context.is_set(Cqc::OVERRUN_IGNORE) {
             // Read only when it matters: the record is a line that the driver writes.
             self.refresh(state, port);
             if state.full() {
@@ -316,6 +317,10 @@ impl State {
     fn write(&mut self, port: &mut Port, cqe: &Cqe) -> Result<(), DmaError> {
         let index = self.produced;
         let mut place = u64::from(index & ((1 << self.log_size) - 1)) << self.stride;
+        if self.context.get(Cqc::CQE_SIZE) == CQE_PADDED {
+            let (iova, _) = self.buffer.at(place);
+            port.write(iova, &[0; 64])?;
+        }
         // In a 128-byte entry the upper half is the one that counts.
         place += (1 << self.stride) - 64;
         let (iova, _) = self.buffer.at(place);
@@ -352,6 +357,16 @@ mod tests {
     }
 
     fn rig(period: u32, count: u32) -> Rig {
+        rig_of(
+            Cqc::zeroed()
+                .with(Cqc::LOG_SIZE, 6)
+                .with(Cqc::PERIOD, period)
+                .with(Cqc::MAX_COUNT, count),
+        )
+    }
+
+    /// With the queue in the second page.
+    fn rig_of(context: Cqc) -> Rig {
         let dma = Space::new();
         let memory = rustix::fs::memfd_create("queues", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&memory, 1 << 16).unwrap();
@@ -369,13 +384,9 @@ mod tests {
             dma,
         };
         let page = |number: u64| Buffer::parse(&(IOVA + number * 4096).to_be_bytes(), 0, 0, 4096).unwrap();
-        let context = Eqc::zeroed().with(Eqc::LOG_SIZE, 6);
-        let eq = Arc::new(Eq::new(1, context, 0, page(0)));
-        let context = Cqc::zeroed()
-            .with(Cqc::LOG_SIZE, 6)
-            .with(Cqc::PERIOD, period)
-            .with(Cqc::MAX_COUNT, count)
-            .with_wide(Cqc::DBR_ADDR, IOVA + 0x8000);
+        let events = Eqc::zeroed().with(Eqc::LOG_SIZE, 6);
+        let eq = Arc::new(Eq::new(1, events, 0, page(0)));
+        let context = context.with_wide(Cqc::DBR_ADDR, IOVA + 0x8000);
         let cq = Cq::new(7, context, page(1), Arc::clone(&eq));
         Rig {
             port,
@@ -405,6 +416,40 @@ mod tests {
 
         fn events(&self) -> u32 {
             self.eq.query().get(Eqc::PRODUCER)
+        }
+    }
+
+    #[test]
+    fn test_full_queue_when_it_ignores_overruns_goes_on() {
+        for (ignores, last) in [(0, Posted::Overflow), (1, Posted::Yes)] {
+            let context = Cqc::zeroed()
+                .with(Cqc::LOG_SIZE, 6)
+                .with(Cqc::OVERRUN_IGNORE, ignores);
+            let mut rig = rig_of(context);
+            for _ in 0..64 {
+                assert_eq!(rig.post(0, false), Posted::Yes);
+            }
+            assert_eq!(rig.post(0, false), last);
+            assert_eq!(rig.cq.query().get(Cqc::PRODUCER), 64 + ignores);
+        }
+    }
+
+    #[test]
+    fn test_entry_when_padded_is_written_whole() {
+        for (size, first) in [(1, 0xff), (CQE_PADDED, 0)] {
+            let context = Cqc::zeroed().with(Cqc::LOG_SIZE, 5).with(Cqc::CQE_SIZE, size);
+            let mut rig = rig_of(context);
+            rig.port.write(IOVA + 4096, &[0xff; 256]).unwrap();
+            rig.post(0, false);
+            let mut entries = [0; 256];
+            rig.port.read(IOVA + 4096, &mut entries).unwrap();
+            assert_eq!(entries[..64], [first; 64], "{size}");
+            assert_eq!(
+                entries[127],
+                (CqeOpcode::RESPONDER_SEND.0) << 4,
+                "{size}: the owner"
+            );
+            assert_eq!(entries[128..], [0xff; 128], "{size}");
         }
     }
 

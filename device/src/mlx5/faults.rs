@@ -28,6 +28,8 @@ pub(super) struct Missing {
     pub(super) key: u32,
     pub(super) va: u64,
     pub(super) len: u64,
+    /// The key whose piece names this key, and the address there.
+    pub(super) outer: Option<(u32, u64)>,
 }
 
 /// Half of a queue pair, and what it is told when the page cannot be had.
@@ -44,8 +46,21 @@ struct Fault {
     /// Number of the first page, and how many.
     first: u64,
     pages: u64,
+    /// Where the first page is in the key that was used to get to this one.
+    outer: Option<(u32, u64)>,
     waiters: Vec<Waiter>,
     reported: bool,
+}
+
+/// How a fault ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The pages are there.
+    Served,
+    /// The driver cannot bring them.
+    Refused,
+    /// The driver cannot be asked.
+    Lost,
 }
 
 /// All faults of an HCA.
@@ -102,6 +117,9 @@ impl Inner {
                     key: missing.key,
                     first,
                     pages: end - first,
+                    outer: missing
+                        .outer
+                        .map(|(key, va)| (key, va.wrapping_sub(missing.va % (1 << PAGE)))),
                     waiters: Vec::new(),
                     reported: false,
                 };
@@ -206,32 +224,52 @@ impl Hca {
                 return;
             };
             self.counters.page_faults.fetch_add(1, Ordering::Relaxed);
+            tracing::debug!(token, data = ?eqe.data, "a page fault");
             // (Without the lock: writing an event may take a message to the client.)
             if !self.event(port, Event::PAGE_FAULT, &eqe) {
                 tracing::warn!(
                     token,
                     "a page fault cannot be reported; the requests that met it fail"
                 );
-                self.end_fault(token, true);
+                self.end_fault(token, End::Lost);
             }
         }
     }
 
     /// PAGE_FAULT_RESUME. Whether there is such a token.
     pub(super) fn resume_fault(&self, port: &mut Port, token: u64, failed: bool) -> bool {
-        let known = self.end_fault(token, failed);
+        let known = self.end_fault(token, if failed { End::Refused } else { End::Served });
+        tracing::debug!(token, failed, known, "a page fault is over");
         self.report_faults(port);
         known
     }
 
-    fn end_fault(&self, token: u64, failed: bool) -> bool {
+    fn end_fault(&self, token: u64, end: End) -> bool {
         let mut inner = self.faults.inner();
         let Some(fault) = inner.remove(token) else {
             return false;
         };
+        if let (End::Refused, Some((key, va))) = (end, fault.outer) {
+            // Keys of an implicit key come and go with their pages, and Linux knows one no longer before it takes it
+            // out of the implicit key's table. That one it knows: asked for its page, it makes another key.
+            let missing = Missing {
+                key,
+                va,
+                len: fault.pages << PAGE,
+                outer: None,
+            };
+            for waiter in fault.waiters {
+                inner.wait(missing, waiter);
+            }
+            return true;
+        }
         // With the lock held, so that no queue pair of that number is made anew between.
         for waiter in fault.waiters {
-            let result = if failed { Err(waiter.refused) } else { Ok(()) };
+            let result = if end == End::Served {
+                Ok(())
+            } else {
+                Err(waiter.refused)
+            };
             self.shard(waiter.qpn).resume(waiter.qpn, waiter.side, result);
         }
         true
@@ -250,7 +288,7 @@ impl Hca {
     pub(super) fn fail_faults(&self) {
         let tokens: Vec<u64> = self.faults.inner().faults.keys().copied().collect();
         for token in tokens {
-            self.end_fault(token, true);
+            self.end_fault(token, End::Lost);
         }
     }
 }
@@ -268,7 +306,12 @@ mod tests {
     }
 
     fn missing(va: u64, len: u64) -> Missing {
-        Missing { key: 0x1234, va, len }
+        Missing {
+            key: 0x1234,
+            va,
+            len,
+            outer: None,
+        }
     }
 
     fn reports(inner: &mut Inner) -> Vec<u64> {
@@ -306,6 +349,18 @@ mod tests {
         inner.leave((1, Side::Receive));
         assert!(inner.faults.is_empty() && inner.pages.is_empty() && inner.queue.is_empty());
         assert!(inner.report().is_none());
+    }
+
+    #[test]
+    fn test_faults_when_met_through_another_key_know_the_first_page_there() {
+        let mut inner = Inner::default();
+        let through = Missing {
+            outer: Some((0x99, 0x7_0000_5678)),
+            ..missing(0x5678, 8)
+        };
+        inner.wait(through, waiter(1));
+        let token = reports(&mut inner)[0];
+        assert_eq!(inner.faults[&token].outer, Some((0x99, 0x7_0000_5000)));
     }
 
     #[test]

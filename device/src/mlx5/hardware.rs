@@ -14,7 +14,7 @@ use super::faults::Faults;
 use super::iseg::InitSegment;
 use super::memory::Port;
 use super::mkey::Mkeys;
-use super::port::{Capabilities, PORT, PortView};
+use super::port::{Capabilities, PortView};
 use super::shard::Shard;
 use super::srq::Srq;
 use super::uar::Doorbell;
@@ -123,7 +123,7 @@ impl Hca {
     ) -> Self {
         let words = |count: u32| (0..count).map(|_| AtomicU32::new(0)).collect();
         Self {
-            execution: Mutex::new(Execution::new(&config)),
+            execution: Mutex::new(Execution::new()),
             config,
             interrupts: context.interrupts,
             atc,
@@ -161,11 +161,7 @@ impl Hca {
 
     /// The port as it stands.
     pub(super) fn port_view(&self) -> PortView {
-        let status = self
-            .adapter
-            .port(PORT)
-            .expect("the adapter was made with this port");
-        PortView::of(&status)
+        PortView::of(&self.adapter)
     }
 
     /// For `tlbridge inspect`; `stats` is also what `tlbridge vm --device-stats` shows.
@@ -183,7 +179,7 @@ impl Hca {
             "model": "mlx5",
             "stats": {
                 "registers": self.iseg.describe(),
-                "port": { "capabilities": format!("{:#x}", self.port_capabilities.get()), "lid": self.port_view().lid.0, "active": self.port_view().active },
+                "port": { "capabilities": format!("{:#x}", self.port_capabilities.get()), "lid": self.port_view().lid.0, "active": self.port_view().is_active() },
                 "commands": count(&self.counters.commands),
                 "commands_failed": count(&self.counters.commands_failed),
                 "completions": count(&self.counters.completions),
@@ -254,17 +250,18 @@ impl Hca {
         let mut execution = self.execution();
         // A command that was taken before has ended, and one of before that is still to be taken finds no queue.
         self.commands.clear();
-        for door in &self.doors {
-            door.store(0, Ordering::SeqCst);
+        // Before the workers are met: what one has in its hands then finds no queue that it could arm or tell.
+        self.objects.clear();
+        for word in self.doors.iter().chain(&self.arm_halves) {
+            word.store(0, Ordering::SeqCst);
         }
         for shard in &self.shards {
             shard.reset();
         }
         self.faults.clear();
         self.port_capabilities.set(0);
-        self.objects.clear();
         self.mkeys.clear();
-        *execution = Execution::new(&self.config);
+        *execution = Execution::new();
         self.atc.purge(crate::atc::Purge::All);
     }
 }

@@ -286,14 +286,10 @@ impl Mkeys {
         given: u32,
         bytes: &[u8],
     ) -> Result<u32, Refused> {
-        let mut page = context.get(Mkc::LOG_PAGE_SIZE);
+        let page = page(context)?;
         let given = bytes.get(..given as usize * 16).ok_or(Refused::TooShort)?;
         let table = match context.mode() {
-            AccessMode::PA => {
-                // A page that never ends; the ATC enters what is mapped.
-                page = 40;
-                Table::Physical
-            }
+            AccessMode::PA => Table::Physical,
             AccessMode::MTT => {
                 let present = if pg_access { 0 } else { MTT_READ | MTT_WRITE };
                 Table::Pages(
@@ -311,10 +307,6 @@ impl Mkeys {
             },
             _ => return Err(Refused::Parameter),
         };
-        let paged = matches!(table, Table::Pages(_) | Table::Keys { fixed: true, .. });
-        if paged && !context.is_set(Mkc::FREE) && !PAGES.contains(&page) {
-            return Err(Refused::Parameter);
-        }
         self.charge(table.len())?;
         let Some(index) = self.numbers().take() else {
             self.translations.fetch_sub(table.len(), Ordering::SeqCst);
@@ -352,17 +344,15 @@ impl Mkeys {
         offset: u64,
         translations: &[u8],
     ) -> Result<(), Refused> {
-        if let Some(context) = &context {
-            let paged = matches!(context.mode(), AccessMode::MTT | AccessMode::KSM);
-            let page = context.get(Mkc::LOG_PAGE_SIZE);
-            if paged && !context.is_set(Mkc::FREE) && !PAGES.contains(&page) {
-                return Err(Refused::Parameter);
+        let new = match context {
+            Some(context) => {
+                let page = page(&context)?;
+                Some(self.make(mkey.index, context, page, Arc::clone(&mkey.table)))
             }
-        }
+            None => None,
+        };
         self.translate(mkey, offset, translations)?;
-        if let Some(context) = context {
-            let page = context.get(Mkc::LOG_PAGE_SIZE);
-            let new = self.make(mkey.index, context, page, Arc::clone(&mkey.table));
+        if let Some(new) = new {
             let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
             match table.get(&mkey.index) {
                 Some(now) if Arc::ptr_eq(now, mkey) => table.insert(mkey.index, new),
@@ -389,6 +379,9 @@ impl Mkeys {
             Table::Pages(_) => 8,
             Table::Keys { .. } => 16,
         };
+        if bytes.is_empty() {
+            return Ok(());
+        }
         let first = usize::try_from(offset / unit).map_err(|_| Refused::Parameter)?;
         let end = first + bytes.len() / unit as usize;
         let grown = (end as u64).saturating_sub(table.len());
@@ -437,6 +430,20 @@ impl Mkeys {
     }
 }
 
+/// Logarithm of the bytes of a page of a key with that context.
+fn page(context: &Mkc) -> Result<u32, Refused> {
+    let page = context.get(Mkc::LOG_PAGE_SIZE);
+    match context.mode() {
+        // One that never ends, whatever the context says; the ATC enters what is mapped.
+        AccessMode::PA => Ok(*PAGES.end()),
+        // (A free key is used by nobody, and gets its page size when it is not free any more.)
+        AccessMode::MTT | AccessMode::KSM if !context.is_set(Mkc::FREE) && !PAGES.contains(&page) => {
+            Err(Refused::Parameter)
+        }
+        _ => Ok(page),
+    }
+}
+
 /// A table of pieces of keys.
 fn pieces(bytes: &[u8]) -> Vec<Klm> {
     bytes
@@ -445,4 +452,35 @@ fn pieces(bytes: &[u8]) -> Vec<Klm> {
         .iter()
         .map(|piece| Klm::read_from_bytes(piece).expect("sixteen bytes"))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_translations_when_all_are_beyond_the_room_of_the_key_add_nothing() {
+        let mkeys = Mkeys::new(10);
+        for mode in [AccessMode::KLM, AccessMode::MTT] {
+            let context = Mkc::zeroed()
+                .with(Mkc::MODE_LOW, u32::from(mode.0))
+                .with(Mkc::LOG_PAGE_SIZE, 12)
+                .with(Mkc::TRANSLATIONS, 4);
+            let index = mkeys.create(&context, true, 4, &[1; 64]).unwrap();
+            let mkey = mkeys.at(index).unwrap();
+            let len = || mkey.table.read().unwrap().len();
+            let before = (len(), mkeys.translations.load(Ordering::SeqCst));
+            for offset in [64, 1 << 20, 1 << 40] {
+                mkeys.translate(&mkey, offset, &[2; 64]).unwrap();
+            }
+            assert_eq!(
+                (len(), mkeys.translations.load(Ordering::SeqCst)),
+                before,
+                "{mode:?}"
+            );
+            // Of what is partly beyond it the rest is dropped.
+            mkeys.translate(&mkey, 32, &[2; 64]).unwrap();
+            assert_eq!(len(), before.0, "{mode:?}");
+        }
+    }
 }

@@ -80,6 +80,9 @@ impl Default for Mlx5Config {
     }
 }
 
+/// The vendor's OUI, which is not its PCI number.
+const OUI: u32 = 0x0002c9;
+
 /// Most worker threads.
 pub const MAX_WORKERS: usize = 16;
 
@@ -144,7 +147,8 @@ impl Mlx5 {
                 port_guids: vec![config.node_guid + 1],
                 shards: config.workers,
                 description: "tlbridge mlx5".into(),
-                vendor: u32::from(pci::VENDOR),
+                // Programs know the vendor's cards by this and the device's number.
+                vendor: OUI,
                 device: pci::DEVICE_PF,
                 revision: 0,
                 pkeys: vec![Pkey::DEFAULT],

@@ -20,6 +20,7 @@ use super::memory::Port;
 use super::mkey::{Asker, Mkey, Right as KeyRight};
 use super::port::PortView;
 use super::qp::Qp;
+use super::shard::Failed;
 use super::srq::Srq;
 use super::umr::{self, Source, Umr};
 use super::wqe::{self, Piece, Pieces};
@@ -30,7 +31,7 @@ use crate::transport::{
 /// Types of queues in events (`DATA_QUEUE_TYPE`), in the upper byte.
 const QUEUE_TYPE_QP: u32 = 0;
 const QUEUE_TYPE_SRQ: u32 = 3 << 24;
-/// Bit of a receive's token: it came from a shared queue, whose number follows the index.
+/// Bit of a receive's token: it came from a shared queue, which the queue pair remembers.
 const SHARED: u64 = 1 << 63;
 
 /// The queue pairs of a shard, by the key that the transport has of them.
@@ -42,7 +43,7 @@ pub(super) struct ShardOwner<'a> {
     pub(super) port: &'a mut Port,
     pub(super) qps: &'a mut Qps,
     /// Queue pairs that have ended a request with an error: their receive queues may have to be flushed later.
-    pub(super) failed: &'a mut Vec<u32>,
+    pub(super) failed: &'a mut Failed,
 }
 
 /// A queue pair that the transport knows.
@@ -178,8 +179,8 @@ impl ShardOwner<'_> {
     }
 
     fn note(&mut self, qpn: u32, status: Status) {
-        if status != Status::Success && !self.failed.contains(&qpn) {
-            self.failed.push(qpn);
+        if status != Status::Success {
+            self.failed.add(qpn);
         }
     }
 
@@ -275,14 +276,6 @@ impl ShardOwner<'_> {
                 self.absent(qp.qpn.get(), side, trouble, Status::RemoteAccess)
             }
         }
-    }
-
-    /// The shared queue of a receive.
-    fn shared(&self, token: u64) -> Option<Arc<Srq>> {
-        if token & SHARED == 0 {
-            return None;
-        }
-        self.hca.objects.srq((token >> 16) as u32 & 0xff_ffff)
     }
 
     fn srq_event(&mut self, event: EventType, srqn: u32) {
@@ -384,8 +377,10 @@ impl Owner for ShardOwner<'_> {
                     if taken.limit_reached {
                         self.srq_event(EventType::SRQ_LIMIT, srq.srqn);
                     }
+                    // (Kept by itself: its number may be another queue's before the message ends.)
+                    find(self.qps, id).taken_from = Some(srq);
                     Answer::Done(Some(Receive {
-                        token: SHARED | u64::from(srq.srqn) << 16 | u64::from(taken.index),
+                        token: SHARED | u64::from(taken.index),
                     }))
                 }
                 Err(_) => {
@@ -414,7 +409,6 @@ impl Owner for ShardOwner<'_> {
     }
 
     fn scatter_receive(&mut self, id: QpId, receive: &Receive, offset: u32, data: &[u8]) -> Answer {
-        let shared = self.shared(receive.token);
         let qp = find(self.qps, id);
         let index = receive.token as u16;
         let mut asker = Asker {
@@ -422,22 +416,19 @@ impl Owner for ShardOwner<'_> {
             qpn: qp.qpn,
         };
         let mut wqe = [0; 1 << 11];
-        let (stride, begin) = match &shared {
-            Some(srq) => {
+        let (stride, begin) = match &qp.taken_from {
+            Some(srq) if receive.token & SHARED != 0 => {
                 asker.pd = srq.pd;
                 let stride = srq.stride.min(11);
-                let place = u64::from(index) << srq.stride;
-                if srq
-                    .buffer
-                    .read(self.port, place, &mut wqe[..1 << stride])
-                    .is_err()
-                {
-                    return Answer::Failed(Status::LocalProtection);
+                match srq.read(self.port, index, &mut wqe[..1 << stride]) {
+                    Ok(true) => {}
+                    // The queue has been destroyed, or its memory taken away.
+                    Ok(false) | Err(_) => return Answer::Failed(Status::LocalProtection),
                 }
                 (stride, size_of::<protos::mlx5::srq::NextSegment>())
             }
             None if receive.token & SHARED != 0 => return Answer::Failed(Status::LocalProtection),
-            None => {
+            _ => {
                 let Some(queues) = &qp.queues else {
                     return Answer::Failed(Status::LocalProtection);
                 };
@@ -469,9 +460,13 @@ impl Owner for ShardOwner<'_> {
     }
 
     fn complete_receive(&mut self, id: QpId, receive: &Receive, received: &Received) {
-        let shared = self.shared(receive.token);
         self.note(id.qpn.get(), received.status);
         let qp = find(self.qps, id);
+        let shared = qp.taken_from.take().filter(|_| receive.token & SHARED != 0);
+        if shared.as_ref().is_some_and(|srq| srq.is_destroyed()) {
+            // The driver does not know the request any more.
+            return;
+        }
         let counter = receive.token as u16;
         let opcode = match (received.write, received.immediate, received.invalidated) {
             (true, ..) => CqeOpcode::RESPONDER_WRITE_IMM,

@@ -6,7 +6,7 @@ use protos::ib::mad::smp;
 use protos::ib::{Gid, Lid, Pkey};
 use protos::mlx5::commands::MAD_SIZE;
 
-use crate::fabric::{Adapter, PortStatus};
+use crate::fabric::Adapter;
 
 /// The number of the only port.
 pub(super) const PORT: u8 = 1;
@@ -19,8 +19,6 @@ const ATTRIBUTE: usize = 16;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct PortView {
     pub(super) lid: Lid,
-    pub(super) sm_lid: Lid,
-    pub(super) active: bool,
     pub(super) gid: Gid,
 }
 
@@ -28,24 +26,19 @@ impl PortView {
     /// A port that is connected to nothing.
     pub(super) const NOWHERE: Self = Self {
         lid: Lid::NONE,
-        sm_lid: Lid::NONE,
-        active: false,
         gid: Gid::NONE,
     };
 
-    pub(super) fn of(status: &PortStatus) -> Self {
-        Self {
-            lid: status.lid,
-            sm_lid: status.sm_lid,
-            active: status.active,
-            gid: status.gid,
-        }
+    /// Without a lock: each datagram asks.
+    pub(super) fn of(adapter: &Adapter) -> Self {
+        let (lid, gid) = adapter
+            .address(PORT)
+            .expect("the adapter was made with this port");
+        Self { lid, gid }
     }
 
-    /// The own LID with path bits; a port without mask has none.
-    pub(super) fn source(&self, path_bits: u32) -> Lid {
-        let _ = path_bits;
-        self.lid
+    pub(super) fn is_active(&self) -> bool {
+        self.lid != Lid::NONE
     }
 
     /// The GID of that index; there is one.
@@ -60,12 +53,12 @@ impl PortView {
 
     /// IB code of its state: 4 active, 1 down.
     pub(super) fn state(&self) -> u32 {
-        if self.active { 4 } else { 1 }
+        if self.is_active() { 4 } else { 1 }
     }
 
     /// IB code of the physical state: 5 up, 2 polling.
     pub(super) fn physical_state(&self) -> u32 {
-        if self.active { 5 } else { 2 }
+        if self.is_active() { 5 } else { 2 }
     }
 }
 

@@ -28,6 +28,8 @@ pub(super) struct Qp {
     pub(super) send_cq: Option<Arc<Cq>>,
     pub(super) receive_cq: Option<Arc<Cq>>,
     pub(super) srq: Option<Arc<Srq>>,
+    /// The shared queue that the receive WQE at hand came from.
+    pub(super) taken_from: Option<Arc<Srq>>,
     pub(super) queues: Option<Queues>,
     /// Receive WQEs taken from the own queue.
     pub(super) received: u16,
@@ -99,6 +101,7 @@ impl Qp {
         self.received = 0;
         self.sent = 0;
         self.posted = 0;
+        self.taken_from = None;
         self.wqe.index = None;
     }
 
@@ -177,7 +180,7 @@ fn way(path: &Ads, port: &PortView) -> Path {
     dgid[8..].copy_from_slice(&path.wide(Ads::RGID_L).to_be_bytes());
     Path {
         port: 1,
-        slid: port.source(path.get(Ads::MLID)),
+        slid: port.lid,
         dlid: Lid(path.get(Ads::RLID) as u16),
         sl: path.get(Ads::SL) as u8,
         global: path.is_set(Ads::GRH).then(|| Global {

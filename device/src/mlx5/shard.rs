@@ -11,13 +11,15 @@ use protos::mlx5::cmd::{Opcode, Status};
 use protos::mlx5::eq::{Eqe, Event, port_change};
 use protos::mlx5::qp::{Qpc, ServiceType, State as QpState};
 
+use super::commands::{LOG_MAX_MCG, MAX_QP_MCG};
 use super::hardware::Hca;
 use super::memory::Port;
 use super::owner::{Qps, ShardOwner};
 use super::qp::{Changes, Qp, merge, transition};
 use crate::fabric::{Endpoint, PortChange, Wake};
 use crate::transport::{
-    Link, Settings, Side, State as TransportState, Status as TransportStatus, Time, Transport,
+    Config, Settings, Side, State as TransportState, Status as TransportStatus, Time, Transport,
+    TransportError,
 };
 
 /// Changes of the port that wait to be told.
@@ -141,10 +143,7 @@ struct State {
     /// By number; what is found is a place in `qps`.
     keys: HashMap<u32, u32>,
     qps: Qps,
-    /// Queue pairs that may be in the error state.
-    failed: Vec<u32>,
-    /// Until their receive queues are looked at again.
-    pause: Duration,
+    failed: Failed,
     /// CQs with an event that is due later.
     moderated: HashSet<u32>,
 }
@@ -153,6 +152,34 @@ struct State {
 /// and when nothing has come for long.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(128);
+
+/// Queue pairs that may be in the error state.
+#[derive(Debug)]
+pub(super) struct Failed {
+    qpns: Vec<u32>,
+    /// When their receive queues are looked at, and how long after the last look that is.
+    look_at: Time,
+    pause: Duration,
+}
+
+impl Failed {
+    fn new() -> Self {
+        Self {
+            qpns: Vec::new(),
+            look_at: Time::ZERO,
+            pause: SHORTEST_PAUSE,
+        }
+    }
+
+    /// One more, which is looked at at once.
+    pub(super) fn add(&mut self, qpn: u32) {
+        if !self.qpns.contains(&qpn) {
+            self.qpns.push(qpn);
+            self.look_at = Time::ZERO;
+            self.pause = SHORTEST_PAUSE;
+        }
+    }
+}
 
 impl State {
     fn key(&self, qpn: u32) -> Result<usize, Status> {
@@ -192,31 +219,45 @@ impl State {
         next.map(|due| now.until(due))
     }
 
-    /// Flushes what was posted to queue pairs in the error state. When to look again.
+    /// Flushes what was posted to queue pairs in the error state, when it is time. How long until the next time.
     fn flush(&mut self, hca: &Hca) -> Option<Duration> {
-        if self.failed.is_empty() {
-            self.pause = SHORTEST_PAUSE;
+        if self.failed.qpns.is_empty() {
             return None;
+        }
+        let now = hca.now();
+        if now < self.failed.look_at {
+            return Some(now.until(self.failed.look_at));
         }
         let transport = &self.transport;
         let in_error = |qpn: u32| {
             let status = transport.status(Qpn::new(qpn));
             status.is_some_and(|status| status.state == TransportState::Error)
         };
-        self.failed.retain(|qpn| in_error(*qpn));
+        self.failed.qpns.retain(|qpn| in_error(*qpn));
         let before = hca.counters.completions.load(Ordering::Relaxed);
-        for qpn in self.failed.clone() {
+        for at in 0..self.failed.qpns.len() {
+            let qpn = Qpn::new(self.failed.qpns[at]);
             let (transport, mut owner, _) = self.parts(hca);
-            transport.flush(Qpn::new(qpn), &mut owner);
+            transport.flush(qpn, &mut owner);
         }
         let busy = hca.counters.completions.load(Ordering::Relaxed) != before;
-        self.pause = if busy {
+        self.failed.pause = if busy {
             SHORTEST_PAUSE
         } else {
-            (self.pause * 2).min(LONGEST_PAUSE)
+            (self.failed.pause * 2).min(LONGEST_PAUSE)
         };
-        (!self.failed.is_empty()).then_some(self.pause)
+        self.failed.look_at = now + self.failed.pause;
+        (!self.failed.qpns.is_empty()).then_some(self.failed.pause)
     }
+}
+
+/// A transport without queue pairs, which keeps what the capabilities promise.
+fn transport() -> Transport {
+    Transport::new(Config {
+        max_groups: 1 << LOG_MAX_MCG,
+        max_members: MAX_QP_MCG as usize,
+        ..Config::default()
+    })
 }
 
 impl Shard {
@@ -227,11 +268,10 @@ impl Shard {
             state: Mutex::new(State {
                 port,
                 endpoint,
-                transport: Transport::default(),
+                transport: transport(),
                 keys: HashMap::new(),
                 qps: Vec::new(),
-                failed: Vec::new(),
-                pause: SHORTEST_PAUSE,
+                failed: Failed::new(),
                 moderated: HashSet::new(),
             }),
         }
@@ -295,12 +335,12 @@ impl Shard {
     /// No queue pairs; the worker touches nothing of before.
     pub(super) fn reset(&self) {
         let mut state = self.visit();
-        state.transport = Transport::default();
+        state.transport = transport();
         state.keys.clear();
         state.qps.clear();
-        state.failed.clear();
+        state.failed = Failed::new();
         // Packets for queue pairs of before.
-        while state.endpoint.receive(Time::ZERO).is_some() {}
+        state.endpoint.clear();
         let mut letters = self.inbox.letters();
         letters.rings.clear();
         letters.arms.clear();
@@ -470,7 +510,10 @@ impl Shard {
         } else {
             state.transport.detach(qpn, gid)
         };
-        result.map_err(|_| Status::BAD_RESOURCE)
+        result.map_err(|error| match error {
+            TransportError::Crowded(..) => Status::LIMIT,
+            _ => Status::BAD_RESOURCE,
+        })
     }
 
     pub(super) fn describe(&self, max: usize) -> Vec<serde_json::Value> {

@@ -30,7 +30,7 @@ pub(super) struct Srq {
     pub(super) log_size: u32,
     /// Logarithm of a WQE's bytes.
     pub(super) stride: u32,
-    pub(super) buffer: Buffer,
+    buffer: Buffer,
     pub(super) dbr: u64,
     state: Mutex<State>,
 }
@@ -43,6 +43,7 @@ struct State {
     consumed: u16,
     /// Tell when fewer than these are left; 0 = do not.
     limit: u16,
+    destroyed: bool,
 }
 
 /// A WQE that was taken.
@@ -87,6 +88,15 @@ impl Srq {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Nothing of it is read any more when this returns. (Queue pairs may still have a WQE of it.)
+    pub(super) fn destroy(&self) {
+        self.state().destroyed = true;
+    }
+
+    pub(super) fn is_destroyed(&self) -> bool {
+        self.state().destroyed
+    }
+
     pub(super) fn set_limit(&self, limit: u16) {
         self.state().limit = limit;
     }
@@ -111,6 +121,9 @@ impl Srq {
     /// The next WQE, if one is posted.
     pub(super) fn take(&self, port: &mut Port) -> Result<Option<Taken>, DmaError> {
         let mut state = self.state();
+        if state.destroyed {
+            return Ok(None);
+        }
         let available = self.posted(port)?.wrapping_sub(state.consumed);
         if available == 0 || u32::from(available) > 1 << self.log_size {
             return Ok(None);
@@ -127,6 +140,16 @@ impl Srq {
             state.limit = 0;
         }
         Ok(Some(Taken { index, limit_reached }))
+    }
+
+    /// A WQE that was taken; whether the queue is still there.
+    pub(super) fn read(&self, port: &mut Port, index: u16, wqe: &mut [u8]) -> Result<bool, DmaError> {
+        let state = self.state();
+        if state.destroyed {
+            return Ok(false);
+        }
+        self.buffer.read(port, u64::from(index) << self.stride, wqe)?;
+        Ok(true)
     }
 
     pub(super) fn describe(&self) -> serde_json::Value {

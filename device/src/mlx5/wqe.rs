@@ -125,15 +125,11 @@ pub(super) fn parse(bytes: &[u8], index: u32, service: ServiceType, port: &PortV
     let blocks = bytes.len().div_ceil(BLOCK) as u32;
     let opcode = control.opcode();
     let mut request = Request {
-        index,
         next: index.wrapping_add(blocks),
-        action: Action::Local,
-        len: 0,
         fence: fence(control.fm_ce_se),
         solicited: control.solicited(),
         cookie: u32::from(control.wants_cqe()) | u32::from(opcode.0) << OPCODE_SHIFT,
-        datagram: None,
-        xrc_srqn: 0,
+        ..Request::new(index, Action::Local, 0)
     };
     let parsed = body(bytes, &control, service, port, &mut request);
     if parsed.is_none() {
@@ -252,7 +248,7 @@ fn datagram(bytes: &[u8], port: &PortView) -> Option<(Datagram, usize)> {
     let datagram = Datagram {
         path: Path {
             port: 1,
-            slid: port.source(u32::from(av.fl_mlid & 0x7f)),
+            slid: port.lid,
             dlid: Lid(av.rlid.get()),
             sl: av.stat_rate_sl & 0xf,
             global,

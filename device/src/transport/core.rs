@@ -22,6 +22,10 @@ pub struct Config {
     pub max_held: usize,
     /// Requests that one flush ends: more than a queue holds.
     pub max_flush: usize,
+    /// Multicast groups that have members here.
+    pub max_groups: usize,
+    /// Queue pairs here that one group may have.
+    pub max_members: usize,
     /// Shorter ACK timeouts become this: both ends are programs that may not run for a while.
     pub min_ack_timeout: Duration,
     /// Packets that one `poll` takes in.
@@ -39,6 +43,8 @@ impl Default for Config {
             max_outstanding: 512,
             max_held: 64,
             max_flush: 1 << 17,
+            max_groups: 256,
+            max_members: 240,
             min_ack_timeout: Duration::from_millis(4),
             receive_batch: 64,
             send_budget: 64 << 10,

@@ -77,6 +77,9 @@ pub enum TransportError {
     /// Not a datagram queue pair, or no multicast address.
     #[error("queue pair {0:?} cannot be attached to {1:?}: only datagram queue pairs join multicast groups")]
     Group(Qpn, Gid),
+    /// Too many groups, or too many members of this one.
+    #[error("{1:?} has no room for queue pair {0:?}: detach another, or leave another group")]
+    Crowded(Qpn, Gid),
 }
 
 /// What a poll did.
@@ -300,16 +303,24 @@ impl Transport {
     /// Joins a multicast group: its packets come to this queue pair.
     ///
     /// # Errors
-    /// No such queue pair, or not one that can.
+    /// No such queue pair, or not one that can, or there are as many as [`Config`] allows.
     pub fn attach(&mut self, qpn: Qpn, group: Gid) -> Result<(), TransportError> {
         let (qp, core) = self.find(qpn)?;
         if qp.service != ServiceType::Ud || !group.is_multicast() {
             return Err(TransportError::Group(qpn, group));
         }
-        if !qp.groups.contains(&group) {
-            qp.groups.push(group);
-            core.groups.entry(group).or_default().push(qp.slot);
+        if qp.groups.contains(&group) {
+            return Ok(());
         }
+        let room = match core.groups.get(&group) {
+            Some(members) => members.len() < core.config.max_members,
+            None => core.groups.len() < core.config.max_groups,
+        };
+        if !room {
+            return Err(TransportError::Crowded(qpn, group));
+        }
+        qp.groups.push(group);
+        core.groups.entry(group).or_default().push(qp.slot);
         Ok(())
     }
 
@@ -333,6 +344,7 @@ impl Transport {
     /// Does a bounded amount of work.
     pub fn poll(&mut self, now: Time, owner: &mut impl Owner, link: &mut impl Link) -> Poll {
         self.relist();
+        self.prune();
         self.resume_all(now, owner);
         let mut received = 0;
         let mut bytes = 0;
@@ -370,6 +382,15 @@ impl Transport {
                     self.core.list_respond(qp);
                 }
             }
+        }
+    }
+
+    /// Entries of the heap that count no more come up at their time only, which may be hours away, and a queue pair
+    /// can leave one with each request that it is destroyed with, or with each RNR NAK.
+    fn prune(&mut self) {
+        if self.core.timers.len() > 1024 + 4 * self.table.places() {
+            let valid = |qp: &Qp| Some((qp.alarm?, qp.slot));
+            self.core.timers.refill(self.table.all().filter_map(valid));
         }
     }
 

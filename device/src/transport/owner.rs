@@ -217,6 +217,24 @@ pub struct Request {
     pub xrc_srqn: u32,
 }
 
+impl Request {
+    /// The plainest one that does this; it takes one place.
+    #[must_use]
+    pub fn new(index: u32, action: Action, len: u32) -> Self {
+        Self {
+            index,
+            next: index.wrapping_add(1),
+            action,
+            len,
+            fence: Fence::None,
+            solicited: false,
+            cookie: 0,
+            datagram: None,
+            xrc_srqn: 0,
+        }
+    }
+}
+
 /// A request that was taken from a receive queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Receive {

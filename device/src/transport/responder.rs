@@ -639,9 +639,20 @@ fn duplicate(qp: &mut Qp, core: &mut Core, packet: &Packet, operation: Operation
     }
 }
 
+/// Whether one more answer can wait. (Those of new requests are limited by what the responder remembers; the others
+/// come as often as the other side likes.)
+fn has_room(qp: &Qp, core: &Core) -> bool {
+    qp.receive.responses.len() < core.config.max_held + usize::from(u8::MAX)
+}
+
 /// Whoever asks again asks for everything after it again, too: those answers go.
 fn answer_again(qp: &mut Qp, core: &mut Core, response: Response) {
     let from = response.psn();
+    if !has_room(qp, core) {
+        // It is asked for again.
+        core.stats.dropped += 1;
+        return;
+    }
     if qp
         .receive
         .responses
@@ -668,14 +679,14 @@ fn acknowledge(qp: &mut Qp, core: &mut Core, psn: Psn) {
         *last = psn;
         *m = msn;
         core.stats.acks_coalesced += 1;
-    } else if qp.receive.responses.len() < core.config.max_held + usize::from(u8::MAX) {
+    } else if has_room(qp, core) {
         qp.receive.responses.push_back(Response::Ack { psn, msn });
     }
     core.list_respond(qp);
 }
 
 fn nak(qp: &mut Qp, core: &mut Core, psn: Psn, syndrome: Syndrome) {
-    if qp.receive.responses.len() < core.config.max_held + usize::from(u8::MAX) {
+    if has_room(qp, core) {
         let msn = qp.receive.msn;
         qp.receive
             .responses

@@ -31,6 +31,15 @@ impl Table {
         self.slots[self.slot(qpn)? as usize].as_deref()
     }
 
+    /// How many places there are, free ones too.
+    pub(super) fn places(&self) -> usize {
+        self.slots.len()
+    }
+
+    pub(super) fn all(&self) -> impl Iterator<Item = &Qp> {
+        self.slots.iter().filter_map(|slot| slot.as_deref())
+    }
+
     pub(super) fn insert(&mut self, mut qp: Qp) -> u32 {
         let number = qp.id.qpn.get() as usize;
         let slot = self.free.pop().unwrap_or_else(|| {

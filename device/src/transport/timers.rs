@@ -22,6 +22,12 @@ impl Timers {
         }
     }
 
+    /// Forgets everything but these entries.
+    pub(super) fn refill(&mut self, valid: impl Iterator<Item = (Time, u32)>) {
+        self.heap.clear();
+        self.heap.extend(valid.map(Reverse));
+    }
+
     /// The next entry that is due.
     pub(super) fn due(&mut self, now: Time) -> Option<(Time, u32)> {
         let Reverse((at, _)) = self.heap.peek()?;
@@ -32,7 +38,6 @@ impl Timers {
     }
 
     /// How many entries there are.
-    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.heap.len()
     }

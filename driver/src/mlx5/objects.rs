@@ -8,7 +8,7 @@ use protos::mlx5::cq::{
     Cqc, Cqe, CqeOpcode, MODIFY_COUNT, MODIFY_PERIOD, RESIZE_LOG_PAGE_SIZE, RESIZE_PAGE_OFFSET, RESIZE_SIZE,
 };
 use protos::mlx5::eq::{EQE_SIZE, Eqc, Eqe};
-use protos::mlx5::mkey::{ANY_QP, AccessMode, Mkc};
+use protos::mlx5::mkey::{ANY_QP, AccessMode, Klm, Mkc};
 use protos::mlx5::{Layout, uar};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -314,6 +314,44 @@ impl Hca {
         let mut list = pages(region);
         list.resize(octowords as usize * 16, 0);
         let input = input(&head.0, 0x10, &context.0, &list);
+        let index = made(&self.command(Opcode::CREATE_MKEY, 0, &input, 16)?);
+        Ok(MemoryKey {
+            key: index << 8 | low,
+        })
+    }
+
+    /// A key of `len` bytes at `va`, all of them at `inner_va` in another key.
+    ///
+    /// # Errors
+    /// What the HCA says.
+    pub fn indirect_key(
+        &self,
+        pd: u32,
+        inner: MemoryKey,
+        inner_va: u64,
+        va: u64,
+        len: u32,
+        rights: &[protos::mlx5::Field<Mkc>],
+    ) -> Result<MemoryKey, Mlx5Error> {
+        let low = 0xa5;
+        let mut context = Mkc::zeroed()
+            .with(Mkc::MODE_LOW, u32::from(AccessMode::KLM.0))
+            .with(Mkc::QPN, ANY_QP)
+            .with(Mkc::KEY, low)
+            .with(Mkc::PD, pd)
+            .with_wide(Mkc::START, va)
+            .with_wide(Mkc::LENGTH, u64::from(len))
+            .with(Mkc::TRANSLATIONS, 1);
+        for &right in rights {
+            context.set(right, 1);
+        }
+        let piece = Klm {
+            byte_count: len.into(),
+            key: inner.key.into(),
+            va: inner_va.into(),
+        };
+        let head = CreateMkey::zeroed().with(CreateMkey::TRANSLATIONS_ACTUAL, 1);
+        let input = input(&head.0, 0x10, &context.0, piece.as_bytes());
         let index = made(&self.command(Opcode::CREATE_MKEY, 0, &input, 16)?);
         Ok(MemoryKey {
             key: index << 8 | low,

@@ -160,6 +160,8 @@ layout! {
         DEVICE_FREQUENCY_KHZ = bits(0x9c, 0, 32),
         /// UARs in a page.
         NUM_OF_UARS_PER_PAGE = bits(0xa4, 0, 32),
+        /// CQEs of 128 bytes may be written whole.
+        CQE_128_ALWAYS = bits(0xb4, 2, 1),
     }
 }
 

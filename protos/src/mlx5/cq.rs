@@ -10,7 +10,7 @@ layout! {
     Cqc[64] {
         /// 0 good, 9 overflow.
         STATUS = bits(0x00, 28, 4),
-        /// 0: 64 bytes, 1: 128 bytes.
+        /// 0: 64 bytes, 1: 128 bytes, [`CQE_PADDED`].
         CQE_SIZE = bits(0x00, 21, 3),
         /// Collapsed: one entry.
         COLLAPSED = bits(0x00, 20, 1),
@@ -40,6 +40,9 @@ layout! {
         DBR_ADDR = wide(0x38),
     }
 }
+
+/// [`Cqc::CQE_SIZE`]: 128 bytes, all of which are written.
+pub const CQE_PADDED: u32 = 2;
 
 /// [`Cqc::STATUS`]: an entry was lost.
 pub const STATUS_OVERFLOW: u32 = 9;

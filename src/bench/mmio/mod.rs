@@ -57,7 +57,7 @@ struct Amount {
 
 impl Amount {
     fn of(args: &MmioArgs) -> Self {
-        match args.quick {
+        match args.measuring.quick {
             true => Self {
                 blocks: 8,
                 calls: 100,
@@ -85,13 +85,18 @@ pub fn run(args: &MmioArgs, out: &mut impl Write) -> Result<()> {
         .tempdir()
         .context("cannot make a private directory for the sockets (TMPDIR)")?;
     let start = Instant::now();
-    let mut result = MmioResult::new(args.quick, args.seed);
+    let mut result = MmioResult::new(args.measuring.quick, args.measuring.seed);
     let unpin = Unpin::later()?;
     wait_for_ones_turn()?;
     measure(args, dir.path(), unpin.allowed(), &stop, &mut result)?;
     drop(unpin);
     result.elapsed_ms = start.elapsed().as_millis() as u64;
-    super::print(args.json.as_deref(), &result.json(), || result.table(), out)
+    super::print(
+        args.measuring.json.as_deref(),
+        &result.json(),
+        || result.table(),
+        out,
+    )
 }
 
 fn measure(
@@ -105,7 +110,7 @@ fn measure(
     let here = cpus.next().context("this thread may run nowhere")?;
     // Children inherit the processor.
     pin(here)?;
-    let bench = Bench::new(dir, "floor", Amount::of(args), args.seed, stop)?;
+    let bench = Bench::new(dir, "floor", Amount::of(args), args.measuring.seed, stop)?;
     {
         let (device, socket) = gru(dir, "gru", Duration::ZERO, stop)?;
         let server = Wire::connect(&socket, false)?;
@@ -139,7 +144,7 @@ fn measure(
         return Ok(());
     };
     pin(there)?;
-    let bench = Bench::new(dir, "polling-floor", Amount::of(args), args.seed, stop)?;
+    let bench = Bench::new(dir, "polling-floor", Amount::of(args), args.measuring.seed, stop)?;
     let (device, socket) = gru(dir, "polling-gru", BUSY_POLL, stop)?;
     pin(here)?;
     let server = Wire::connect(&socket, true)?;

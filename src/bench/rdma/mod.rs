@@ -50,7 +50,7 @@ pub fn run(args: &RdmaArgs, out: &mut impl Write) -> Result<()> {
         config.segment = kib << 10;
         config.send_budget = kib << 10;
     }
-    let amount = if args.quick {
+    let amount = if args.measuring.quick {
         Amount {
             blocks: 8,
             large: 256,
@@ -69,7 +69,7 @@ pub fn run(args: &RdmaArgs, out: &mut impl Write) -> Result<()> {
     let cache = last_level_cache();
     // Source and destination together at least four times the cache.
     let half = (2 * cache).max(64 << 20).next_multiple_of(LARGE as usize);
-    let mut result = RdmaResult::new(args.quick, args.seed, cache, 2 * half);
+    let mut result = RdmaResult::new(args.measuring.quick, args.measuring.seed, cache, 2 * half);
     let unpin = Unpin::later()?;
     let mut cpus = (0..rustix::thread::CpuSet::MAX_CPU).filter(|cpu| unpin.allowed().is_set(*cpu));
     let here = cpus.next().context("this thread may run nowhere")?;
@@ -77,19 +77,24 @@ pub fn run(args: &RdmaArgs, out: &mut impl Write) -> Result<()> {
     pin(here)?;
     for kind in [Kind::Write, Kind::Read, Kind::Send] {
         let mut rig = Rig::looped(1, half, amount.config)?;
-        let row = bandwidth(&mut rig, kind, 1, 1, amount, args.seed)?;
+        let row = bandwidth(&mut rig, kind, 1, 1, amount, args.measuring.seed)?;
         result.push(row);
     }
     for kind in [Kind::Write, Kind::Read, Kind::Send, Kind::Atomic] {
-        rates(kind, amount, args.seed, &mut result)?;
+        rates(kind, amount, args.measuring.seed, &mut result)?;
     }
     match there {
-        Some(there) => two_threads(there, half, amount, args.seed, &mut result)?,
+        Some(there) => two_threads(there, half, amount, args.measuring.seed, &mut result)?,
         None => result.absent("two threads need two processors, this process may use one"),
     }
     drop(unpin);
     result.elapsed_ms = start.elapsed().as_millis() as u64;
-    super::print(args.json.as_deref(), &result.json(), || result.table(), out)
+    super::print(
+        args.measuring.json.as_deref(),
+        &result.json(),
+        || result.table(),
+        out,
+    )
 }
 
 /// Bytes of the largest cache of the first processor; 32 MiB where the system does not tell.

@@ -5,6 +5,7 @@
 //! returned has used no entry of before it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use driver::gru::{FaultMode, Mm};
 use protos::gru::cb::{Instruction, Status, XType};
@@ -114,10 +115,14 @@ pub fn s2_bcopy_storm(rig: &Rig, moves: u64, least_copies: u64) {
         }
         let total = PAGES * users.len() as u64;
         let mut step = 0;
-        // Pages move faster than contexts copy: go on until both have done enough.
+        // Pages move faster than contexts copy: go on until both have done enough. On few processors no engine gets to
+        // use a page before it moves again, so what comes after the storm is slower: a page moves each 100 ms.
         while !stop.load(Ordering::Relaxed) && (step < moves || copies.load(Ordering::Relaxed) < least_copies)
         {
             step += 1;
+            if step > moves {
+                std::thread::sleep(Duration::from_millis(1));
+            }
             // Each page of both in turn: a page number from the step itself would have the step's parity.
             let page = (step / 2 * 31) % total;
             let base = if step % 2 == 0 { SRC } else { DST };

@@ -54,7 +54,8 @@ pub(super) struct Subnet {
     pub(super) ports: Vec<PortEntry>,
     pub(super) groups: BTreeMap<Gid, Group>,
     pub(super) services: Vec<ServiceRecord>,
-    next_block: u16,
+    /// The number of the block that was given last.
+    last_block: u16,
 }
 
 impl std::fmt::Debug for Subnet {
@@ -81,7 +82,7 @@ impl Subnet {
             ports: Vec::new(),
             groups: BTreeMap::new(),
             services: Vec::new(),
-            next_block: BLOCK,
+            last_block: 0,
         };
         subnet.broadcast_groups();
         subnet
@@ -96,7 +97,7 @@ impl Subnet {
             ports: Vec::new(),
             groups: BTreeMap::new(),
             services: Vec::new(),
-            next_block: 0,
+            last_block: 0,
         }
     }
 
@@ -167,20 +168,23 @@ impl Subnet {
         self.services.retain(|service| service.gid != gid);
     }
 
-    /// LIDs for another process: the block it had, if that is still its own, else a new one.
-    pub(super) fn block(&mut self, wanted: u16) -> Option<(u16, u16)> {
-        let known = wanted >= BLOCK && wanted.is_multiple_of(BLOCK) && wanted < self.next_block;
-        let first = if known {
-            wanted
-        } else {
-            let first = self.next_block;
-            if first.checked_add(BLOCK)? > Lid::LAST_UNICAST.0 {
-                return None;
+    /// LIDs for another process, of which `taken` says whether somebody has them: the wanted block if it is free, else
+    /// the next free one. (Blocks go round, so that who comes back in a while finds its own.)
+    pub(super) fn block(&mut self, wanted: u16, taken: impl Fn(u16) -> bool) -> Option<(u16, u16)> {
+        // (The first block is this process's.)
+        let blocks = Lid::LAST_UNICAST.0 / BLOCK - 1;
+        let free = |number: &u16| !taken(number * BLOCK);
+        let own = wanted / BLOCK;
+        let own = (wanted.is_multiple_of(BLOCK) && (1..=blocks).contains(&own)).then_some(own);
+        let number = match own.filter(free) {
+            Some(own) => own,
+            None => {
+                let mut next = (0..blocks).map(|step| (self.last_block + step) % blocks + 1);
+                self.last_block = next.find(free)?;
+                self.last_block
             }
-            self.next_block += BLOCK;
-            first
         };
-        Some((first, first + BLOCK))
+        Some((number * BLOCK, (number + 1) * BLOCK))
     }
 
     /// Ports that get what is sent to a multicast LID.

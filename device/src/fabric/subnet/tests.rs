@@ -238,13 +238,28 @@ fn test_any_mad_when_asked_is_answered_or_ignored() {
 }
 
 #[test]
-fn test_block_when_asked_for_again_is_the_same() {
+fn test_block_when_free_is_given_again_and_else_another_is() {
     let (mut subnet, _) = two_ports();
-    let first = subnet.block(0).unwrap();
-    let second = subnet.block(0).unwrap();
+    let mut taken = std::collections::BTreeSet::new();
+    let give = |subnet: &mut Subnet, wanted, taken: &mut std::collections::BTreeSet<u16>| {
+        let block = subnet.block(wanted, |first| taken.contains(&first))?;
+        assert!(block.0 >= BLOCK && block.1 == block.0 + BLOCK && block.1 <= Lid::LAST_UNICAST.0);
+        assert!(taken.insert(block.0), "{block:?} twice");
+        Some(block.0)
+    };
+    let first = give(&mut subnet, 0, &mut taken).unwrap();
+    let second = give(&mut subnet, first, &mut taken).unwrap();
     assert_ne!(first, second);
-    assert_eq!(subnet.block(first.0), Some(first));
-    assert_ne!(subnet.block(0x9000), Some((0x9000, 0x9100)), "never given out");
-    while subnet.block(0).is_some() {}
-    assert_eq!(subnet.block(first.0), Some(first));
+    taken.remove(&first);
+    // Somebody new does not get what the one that has just gone will ask for.
+    assert_ne!(give(&mut subnet, 0, &mut taken), Some(first));
+    assert_eq!(give(&mut subnet, first, &mut taken), Some(first));
+    for nonsense in [1, first + 1, 0xbf01, 0xc000, 0xff00] {
+        assert_ne!(give(&mut subnet, nonsense, &mut taken), Some(nonsense));
+    }
+    while give(&mut subnet, 0, &mut taken).is_some() {}
+    assert!(taken.len() > 180, "{}", taken.len());
+    // The subnet that is full has room when somebody goes.
+    taken.remove(&second);
+    assert_eq!(give(&mut subnet, 0, &mut taken), Some(second));
 }

@@ -178,6 +178,51 @@ fn test_listener_when_strangers_connect_goes_on() {
     }
 }
 
+/// What a process that asks for a block is told; `None` when it is thrown out.
+fn welcome(host: &str, block: u16) -> Option<(TcpStream, Welcome)> {
+    let mut stream = TcpStream::connect(host).unwrap();
+    let hello = Hello {
+        magic: MAGIC.into(),
+        version: VERSION.into(),
+        block: block.into(),
+        ..Hello::default()
+    };
+    write_frame(&mut stream, kind::HELLO, hello.as_bytes()).ok()?;
+    let welcome = expect(&mut stream, kind::WELCOME).ok()?;
+    Some((stream, welcome))
+}
+
+#[test]
+fn test_blocks_when_many_want_the_same_are_different_and_come_back() {
+    let main = Fabric::open(&"listen:tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+    let Some(Address::Tcp(host)) = main.address().cloned() else {
+        panic!("no address");
+    };
+    let start = std::sync::Barrier::new(8);
+    for round in 0..60 {
+        let blocks: Vec<u16> = std::thread::scope(|scope| {
+            let ask = || {
+                start.wait();
+                let begin = std::time::Instant::now();
+                // (Those of the round before may be on their way out.)
+                let found = loop {
+                    let found = welcome(&host, 0x500);
+                    if found.is_some() || begin.elapsed() > 6 * LIMIT {
+                        break found;
+                    }
+                };
+                // Everybody is there before the first goes.
+                start.wait();
+                found.expect("LIDs").1.first.get()
+            };
+            let all: Vec<_> = (0..8).map(|_| scope.spawn(ask)).collect();
+            all.into_iter().map(|one| one.join().unwrap()).collect()
+        });
+        let different: std::collections::BTreeSet<_> = blocks.iter().collect();
+        assert_eq!(different.len(), blocks.len(), "round {round}: {blocks:x?}");
+    }
+}
+
 #[test]
 fn test_url_when_parsed_names_what_it_says() {
     assert_eq!("inside".parse(), Ok(FabricUrl::Inside));

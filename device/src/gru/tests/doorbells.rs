@@ -46,7 +46,7 @@ fn ring_eventfd(rig: &Rig, _len: usize) {
 #[test]
 fn test_start_when_mode_is_bell_waits_for_a_ring_of_any_kind() {
     let rig = Rig::new(GruConfig {
-        spin: Duration::from_secs(3600),
+        spin: Some(Duration::from_secs(3600)),
         ..config(Doorbell::Bell)
     });
     rig.start(Mode::FaultMap);

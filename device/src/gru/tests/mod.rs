@@ -87,7 +87,7 @@ fn config(doorbell: Doorbell) -> GruConfig {
     GruConfig {
         doorbell,
         map_tfh: doorbell == Doorbell::Poll,
-        spin: Duration::ZERO,
+        spin: Some(Duration::ZERO),
         ..GruConfig::default()
     }
 }

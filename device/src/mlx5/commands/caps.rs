@@ -6,7 +6,6 @@ use protos::mlx5::commands::CONTEXT;
 use protos::mlx5::{Layout, iseg};
 
 use super::{Outcome, Reply};
-use crate::mlx5::Mlx5Config;
 
 pub(super) const LOG_MAX_PD: u32 = 16;
 pub(super) const LOG_MAX_XRCD: u32 = 10;
@@ -24,6 +23,9 @@ pub(super) const LOG_MAX_KLM_LIST: u32 = 16;
 /// Depth of keys that name keys.
 pub(super) const MAX_INDIRECTION: u32 = 4;
 pub(super) const MAX_EQS: u32 = 32;
+/// Logarithm of the multicast groups, and the queue pairs that one may have.
+pub(in crate::mlx5) const LOG_MAX_MCG: u32 = 8;
+pub(in crate::mlx5) const MAX_QP_MCG: u32 = 240;
 /// Largest send WQE.
 pub(super) const MAX_SEND_WQE: u32 = 1008;
 /// Largest receive WQE.
@@ -38,8 +40,7 @@ pub(super) struct Caps {
 }
 
 impl Caps {
-    pub(super) fn new(config: &Mlx5Config) -> Self {
-        let _ = config;
+    pub(super) fn new() -> Self {
         Self {
             general: general(),
             atomic: atomic(),
@@ -128,10 +129,10 @@ fn general() -> C {
         .with(C::ATOMIC, 1)
         .with(C::PG, 1)
         .with(C::BLOCK_LB_MC, 1)
-        .with(C::QKV, 1)
-        .with(C::PKV, 1)
         .with(C::SET_DETH_SQPN, 1)
+        .with(C::CQ_OI, 1)
         .with(C::CQ_RESIZE, 1)
+        .with(C::CQE_128_ALWAYS, 1)
         .with(C::CQ_MODERATION, 1)
         .with(C::XRC, 1)
         .with(C::UD, 1)
@@ -141,8 +142,8 @@ fn general() -> C {
         .with(C::LOG_BF_REG_SIZE, 9)
         .with(C::MAX_WQE_SZ_SQ, MAX_SEND_WQE)
         .with(C::MAX_WQE_SZ_RQ, MAX_RECEIVE_WQE)
-        .with(C::MAX_QP_MCG, 240)
-        .with(C::LOG_MAX_MCG, 8)
+        .with(C::MAX_QP_MCG, MAX_QP_MCG)
+        .with(C::LOG_MAX_MCG, LOG_MAX_MCG)
         .with(C::LOG_MAX_PD, LOG_MAX_PD)
         .with(C::LOG_MAX_XRCD, LOG_MAX_XRCD)
         .with(C::MAX_NUM_EQS, MAX_EQS)
@@ -169,5 +170,9 @@ fn paging() -> OdpCap {
             odp::SEND | odp::RECEIVE | odp::WRITE | odp::READ | odp::ATOMIC | odp::SRQ_RECEIVE,
         )
         .with(OdpCap::MEMORY_UD, odp::SEND)
+        .with(
+            OdpCap::MEMORY_XRC,
+            odp::SEND | odp::WRITE | odp::READ | odp::ATOMIC | odp::SRQ_RECEIVE,
+        )
         .with(OdpCap::MEM_PAGE_FAULT, 1)
 }

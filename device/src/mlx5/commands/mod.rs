@@ -15,12 +15,11 @@ use protos::mlx5::cmd::{Opcode, Status};
 use protos::mlx5::commands::{Input, Output};
 use protos::mlx5::{Layout, pci};
 
-use super::Mlx5Config;
 use super::hardware::Hca;
 use super::memory::Port;
 use super::numbers::Numbers;
 
-pub(super) use caps::{LOG_MAX_MKEY, LOG_MAX_QP};
+pub(super) use caps::{LOG_MAX_MCG, LOG_MAX_MKEY, LOG_MAX_QP, MAX_QP_MCG};
 
 /// What commands change and nothing else looks at.
 #[derive(Debug)]
@@ -36,9 +35,9 @@ pub(super) struct Execution {
 }
 
 impl Execution {
-    pub(super) fn new(config: &Mlx5Config) -> Self {
+    pub(super) fn new() -> Self {
         Self {
-            caps: caps::Caps::new(config),
+            caps: caps::Caps::new(),
             pds: Numbers::new(1, 1 << caps::LOG_MAX_PD),
             xrcds: Numbers::new(1, 1 << caps::LOG_MAX_XRCD),
             uars: Numbers::new(pci::FIRST_UAR, pci::END_UAR),
@@ -223,7 +222,7 @@ fn run(
         | Opcode::TO_ERR_QP
         | Opcode::TO_RST_QP => qp::modify(hca, opcode, command),
         Opcode::MAD_IFC => ports::mad_ifc(hca, command),
-        Opcode::QUERY_HCA_VPORT_CONTEXT => ports::query_vport_context(hca, command),
+        Opcode::QUERY_HCA_VPORT_CONTEXT => ports::query_vport_context(hca),
         Opcode::ATTACH_TO_MCG => ports::multicast(hca, command, true),
         Opcode::DETACH_FROM_MCG => ports::multicast(hca, command, false),
         _ => Err(Status::BAD_OP),

@@ -23,9 +23,9 @@ pub(super) fn mad_ifc(hca: &Hca, command: Command<'_>) -> Outcome {
     Ok(Reply::empty().with(CONTEXT, &answer))
 }
 
-pub(super) fn query_vport_context(hca: &Hca, command: Command<'_>) -> Outcome {
-    let _ = command;
+pub(super) fn query_vport_context(hca: &Hca) -> Outcome {
     let port = hca.port_view();
+    let status = hca.adapter.port(PORT).ok_or(Status::BAD_INDEX)?;
     let output = V::zeroed()
         .with(V::PORT_PHYSICAL_STATE, port.physical_state())
         .with(V::PORT_STATE, port.state())
@@ -34,7 +34,7 @@ pub(super) fn query_vport_context(hca: &Hca, command: Command<'_>) -> Outcome {
         .with_wide(V::PORT_GUID, port.gid.guid())
         .with_wide(V::NODE_GUID, hca.config.node_guid)
         .with(V::LID, u32::from(port.lid.0))
-        .with(V::SM_LID, u32::from(port.sm_lid.0));
+        .with(V::SM_LID, u32::from(status.sm_lid.0));
     Ok(Reply::of(&output))
 }
 

@@ -75,6 +75,7 @@ pub(super) fn create(hca: &Hca, execution: &mut Execution, command: Command<'_>)
         send_cq,
         receive_cq,
         srq,
+        taken_from: None,
         queues,
         received: 0,
         sent: 0,

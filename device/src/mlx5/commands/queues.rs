@@ -6,7 +6,7 @@ use protos::mlx5::Layout;
 use protos::mlx5::cmd::Status;
 use protos::mlx5::commands::{CONTEXT, CreateEq, MODIFY_CQ_RESIZE, ModifyCq, PAGES};
 use protos::mlx5::cq::{
-    Cqc, MODIFY_COUNT, MODIFY_PERIOD, RESIZE_LOG_PAGE_SIZE, RESIZE_PAGE_OFFSET, RESIZE_SIZE,
+    CQE_PADDED, Cqc, MODIFY_COUNT, MODIFY_PERIOD, RESIZE_LOG_PAGE_SIZE, RESIZE_PAGE_OFFSET, RESIZE_SIZE,
 };
 use protos::mlx5::eq::{EQE_SIZE, Eqc, Event};
 
@@ -46,7 +46,7 @@ pub(super) fn create_eq(hca: &Hca, execution: &mut Execution, command: Command<'
 }
 
 fn eqn(command: Command<'_>) -> Result<u8, Status> {
-    u8::try_from(command.number() & 0xff).map_err(|_| Status::BAD_RESOURCE)
+    u8::try_from(command.number()).map_err(|_| Status::BAD_RESOURCE)
 }
 
 pub(super) fn query_eq(hca: &Hca, command: Command<'_>) -> Outcome {
@@ -74,9 +74,8 @@ pub(super) fn create_cq(hca: &Hca, execution: &mut Execution, command: Command<'
     let context: Cqc = command.layout(CONTEXT)?;
     let log_size = context.get(Cqc::LOG_SIZE);
     if log_size > LOG_MAX_CQ_SIZE
-        || context.get(Cqc::CQE_SIZE) > 1
+        || context.get(Cqc::CQE_SIZE) > CQE_PADDED
         || context.is_set(Cqc::COLLAPSED)
-        || context.is_set(Cqc::OVERRUN_IGNORE)
         || !execution.uars.contains(context.get(Cqc::UAR_PAGE))
     {
         return Err(Status::BAD_PARAM);
@@ -141,7 +140,7 @@ fn resize_cq(port: &mut Port, cq: &Cq, command: Command<'_>, fields: u32, given:
         }
     }
     let log_size = context.get(Cqc::LOG_SIZE);
-    if log_size > LOG_MAX_CQ_SIZE || context.get(Cqc::CQE_SIZE) > 1 {
+    if log_size > LOG_MAX_CQ_SIZE || context.get(Cqc::CQE_SIZE) > CQE_PADDED {
         return Err(Status::BAD_PARAM);
     }
     let buffer = Buffer::parse(

@@ -8,6 +8,7 @@ use protos::mlx5::commands::{
 };
 
 use super::{Command, Outcome, Reply};
+use crate::mlx5::OUI;
 use crate::mlx5::hardware::Hca;
 use crate::mlx5::mkey::NULL_MKEY;
 use crate::mlx5::numbers::Numbers;
@@ -15,8 +16,6 @@ use protos::mlx5::commands::Input;
 
 /// Interface steps 0 and 1.
 const ISSI_SUPPORTED: u32 = 0b11;
-/// The vendor's OUI.
-const OUI: u32 = 0x0002c9;
 /// Board id.
 const PSID: &[u8; 16] = b"TLB0000000001\0\0\0";
 

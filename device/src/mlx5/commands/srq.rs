@@ -141,6 +141,7 @@ pub(super) fn destroy(hca: &Hca, execution: &mut Execution, command: Command<'_>
         return Err(Status::BAD_RESOURCE);
     }
     hca.objects.remove_srq(srq.srqn);
+    srq.destroy();
     execution.srqns.give_back(srq.srqn);
     Ok(Reply::empty())
 }

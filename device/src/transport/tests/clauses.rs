@@ -593,6 +593,39 @@ fn test_multicast_when_attached_comes_to_every_member() {
 }
 
 #[test]
+fn test_group_when_it_is_full_takes_nobody_until_one_leaves() {
+    let config = Config {
+        max_groups: 2,
+        max_members: 1,
+        ..Config::default()
+    };
+    let options = Options {
+        service: ServiceType::Ud,
+        config,
+        ..Options::default()
+    };
+    let mut pair = Pair::connected(options);
+    let other = qpn(0x41);
+    pair.connect(other, other, options);
+    let [first, second, third] = [1, 2, 3].map(|number| {
+        let mut bytes = [0; 16];
+        (bytes[0], bytes[15]) = (0xff, number);
+        Gid(bytes)
+    });
+    let b = &mut pair.b.transport;
+    b.attach(QP, first).unwrap();
+    b.attach(QP, first).unwrap();
+    b.attach(QP, second).unwrap();
+    assert_eq!(b.attach(QP, third), Err(TransportError::Crowded(QP, third)));
+    assert_eq!(b.attach(other, first), Err(TransportError::Crowded(other, first)));
+    b.detach(QP, first).unwrap();
+    b.attach(other, first).unwrap();
+    assert_eq!(b.attach(QP, third), Err(TransportError::Crowded(QP, third)));
+    b.destroy(other).unwrap();
+    b.attach(QP, third).unwrap();
+}
+
+#[test]
 fn test_unreliable_message_when_a_packet_is_lost_is_not_delivered_and_the_next_is() {
     let mut pair = Pair::connected(Options {
         service: ServiceType::Uc,

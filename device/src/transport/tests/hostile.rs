@@ -123,3 +123,50 @@ fn test_garbage_when_it_comes_to_live_queue_pairs_never_panics() {
         assert!(pair.b.transport.stats().dropped > 100);
     }
 }
+
+#[test]
+fn test_answers_when_a_long_read_is_asked_for_again_and_again_stay_few() {
+    let options = Options {
+        mtu: Mtu::B256,
+        psn: 100,
+        ..Options::default()
+    };
+    let mut pair = Pair::connected(options);
+    let len = 1 << 20;
+    let pool = Pool::default();
+    let packets = options.mtu.packets(len);
+    for again in 0..packets {
+        let skipped = again * options.mtu.bytes();
+        let packet = Packet {
+            opcode: Opcode(0x0c),
+            psn: Psn::new(100 + again),
+            dest: QP,
+            count: 1,
+            slid: Lid(5),
+            dlid: Lid(6),
+            pkey: Pkey::DEFAULT,
+            extension: Extension::Rdma(Reth {
+                va: u64::from(skipped).into(),
+                rkey: 7.into(),
+                len: (len - skipped).into(),
+            }),
+            immediate: None,
+            global: None,
+            payload: None,
+            ..garbage(&mut Dice::new(1), &pool, Psn::new(100))
+        };
+        pair.a.link.inner().out.borrow_mut().push_back(packet);
+    }
+    let mut most = 0;
+    for _ in 0..packets {
+        pair.b
+            .transport
+            .poll(pair.now, &mut pair.b.node, &mut pair.b.link);
+        let (qp, _) = pair.b.transport.find(QP).unwrap();
+        most = most.max(qp.receive.responses.len());
+        pair.b.link.inner().out.borrow_mut().clear();
+    }
+    assert!((100..400).contains(&most), "{most} answers waited");
+    assert_eq!(pair.b.transport.status(QP).unwrap().state, State::Rts);
+    assert_eq!(pair.b.transport.poll_at(), None);
+}

@@ -504,17 +504,7 @@ impl Side2 {
     ) -> u32 {
         let list = self.node.requests.entry(qpn).or_default();
         let index = list.len() as u32;
-        let mut request = Request {
-            index,
-            next: index + 1,
-            action,
-            len,
-            fence: Fence::None,
-            solicited: false,
-            cookie: 0,
-            datagram: None,
-            xrc_srqn: 0,
-        };
+        let mut request = Request::new(index, action, len);
         change(&mut request);
         list.push((request, local));
         self.transport.ring(qpn);

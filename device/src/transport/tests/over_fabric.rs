@@ -71,17 +71,7 @@ impl Host {
     pub(super) fn post(&mut self, action: Action, local: u64, len: u32) {
         let list = self.node.requests.entry(QP).or_default();
         let index = list.len() as u32;
-        let request = Request {
-            index,
-            next: index + 1,
-            action,
-            len,
-            fence: Fence::None,
-            solicited: false,
-            cookie: 0,
-            datagram: None,
-            xrc_srqn: 0,
-        };
+        let request = Request::new(index, action, len);
         list.push((request, local));
         self.transport.ring(QP);
     }

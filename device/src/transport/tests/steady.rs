@@ -40,3 +40,40 @@ fn test_timers_when_acknowledged_leave_at_most_one_entry_each() {
     }
     assert!(pair.a.transport.timers() <= 2, "{}", pair.a.transport.timers());
 }
+
+#[test]
+fn test_timers_when_queue_pairs_with_long_timeouts_come_and_go_stay_few() {
+    let mut pair = Pair::new(Options::default());
+    for round in 0..20_000 {
+        pair.connect(QP, QP, Options::default());
+        // Nobody answers: its deadline stands when it is destroyed.
+        pair.a.post(QP, Action::Write(at(0)), 0, 10);
+        pair.a
+            .transport
+            .poll(pair.now, &mut pair.a.node, &mut pair.a.link);
+        pair.a.link.inner().out.borrow_mut().clear();
+        for side in [&mut pair.a, &mut pair.b] {
+            side.transport.destroy(QP).unwrap();
+            side.node.requests.remove(&QP);
+        }
+        let timers = pair.a.transport.timers();
+        assert!(timers <= 1100, "{timers} after {round} queue pairs");
+    }
+    // Those that live are still woken.
+    pair.connect(QP, QP, Options::default());
+    pair.a.post(QP, Action::Write(at(0)), 0, 10);
+    for _ in 0..2000 {
+        pair.connect(qpn(0x41), qpn(0x41), Options::default());
+        pair.a.post(qpn(0x41), Action::Write(at(0)), 0, 10);
+        pair.a
+            .transport
+            .poll(pair.now, &mut pair.a.node, &mut pair.a.link);
+        pair.a.link.inner().out.borrow_mut().clear();
+        for side in [&mut pair.a, &mut pair.b] {
+            side.transport.destroy(qpn(0x41)).unwrap();
+            side.node.requests.remove(&qpn(0x41));
+        }
+    }
+    pair.run_all();
+    assert_eq!(pair.a.statuses(), [Status::Success]);
+}

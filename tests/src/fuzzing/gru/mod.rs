@@ -117,7 +117,7 @@ impl GruUnderTest {
             // Few, so that they are evicted, and quick to look at.
             tlb_sets: 8,
             tlb_ways: 4,
-            spin: Duration::ZERO,
+            spin: Some(Duration::ZERO),
             broken,
             faults: FaultPlan {
                 limit: SETTLE,
