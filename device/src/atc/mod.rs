@@ -27,6 +27,8 @@ mod engine;
 #[cfg(not(loom))]
 mod follow;
 #[cfg(all(test, loom))]
+mod loom_by_message;
+#[cfg(all(test, loom))]
 mod loom_tests;
 mod reach;
 mod shadow;
