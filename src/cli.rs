@@ -234,9 +234,11 @@ pub struct DemoArgs {
     /// The same delays as `--break`, with the check on: nothing may be found.
     #[arg(long, value_enum, value_name = "CHECK")]
     pub delay: Option<Fault>,
-    /// The device's sanitizer looks on (docs/sanitizer.md).
-    #[arg(long, conflicts_with = "device")]
-    pub sanitize: bool,
+    /// The device's sanitizer looks on (docs/sanitizer.md); at level 2 it compares what the device does with what the
+    /// host daemon says of the mappings.
+    #[arg(long, value_name = "LEVEL", num_args = 0..=1, require_equals = true, default_missing_value = "1", conflicts_with = "device",
+          value_parser = clap::value_parser!(u8).range(1..=2))]
+    pub sanitize: Option<u8>,
     /// Without the attached process: then no invalidation has to wait for a subscriber that sleeps.
     #[arg(long)]
     pub no_peer: bool,
@@ -289,9 +291,11 @@ pub struct DeviceArgs {
     #[arg(long, value_enum, value_name = "CHECK")]
     pub delay: Option<DeviceFault>,
     /// GRU only: a sanitizer looks on; what breaks a promise is reported on stderr, and in the exit code
-    /// (docs/sanitizer.md). As does TLBRIDGE_SANITIZE=1 in the environment.
-    #[arg(long)]
-    pub sanitize: bool,
+    /// (docs/sanitizer.md); level 2 compares it with what a host daemon says of the mappings. TLBRIDGE_SANITIZE=1 or 2
+    /// in the environment means the same.
+    #[arg(long, value_name = "LEVEL", num_args = 0..=1, require_equals = true, default_missing_value = "1",
+          value_parser = clap::value_parser!(u8).range(1..=2))]
+    pub sanitize: Option<u8>,
     /// At the end: the sanitizer's findings as one JSON object on stdout (null without one).
     #[arg(long, conflicts_with = "supervised")]
     pub json: bool,
@@ -406,9 +410,10 @@ pub struct VmArgs {
     /// Wait before the kernel's first instruction until the debugger says `continue`.
     #[arg(long, requires = "gdb")]
     pub gdb_wait: bool,
-    /// The device's sanitizer looks on (GRU only; docs/sanitizer.md).
-    #[arg(long, requires = "model")]
-    pub sanitize: bool,
+    /// The device's sanitizer looks on (GRU only; docs/sanitizer.md). Level 2 is for a host daemon in the guest.
+    #[arg(long, value_name = "LEVEL", num_args = 0..=1, require_equals = true, default_missing_value = "1", requires = "model",
+          value_parser = clap::value_parser!(u8).range(1..=2))]
+    pub sanitize: Option<u8>,
     /// Say at the end, on stderr, what the device has counted.
     #[arg(long, requires = "model")]
     pub device_stats: bool,

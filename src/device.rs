@@ -135,7 +135,7 @@ pub fn run(args: &DeviceArgs, out: &mut impl Write) -> Result<ExitCode> {
 fn hca_config(args: &DeviceArgs) -> Result<Mlx5Config> {
     // Left aside, they would let a run pass that has looked at nothing.
     for (given, option) in [
-        (args.sanitize, "--sanitize"),
+        (args.sanitize.is_some(), "--sanitize"),
         (args.break_check.is_some(), "--break"),
         (args.delay.is_some(), "--delay"),
         (args.gru.faults.is_some(), "--faults"),
@@ -191,6 +191,7 @@ fn config(args: &DeviceArgs) -> GruConfig {
         Some(DeviceFault::Clean | DeviceFault::Unmap) | None => {}
     }
     let standard = GruConfig::default();
+    let level = sanitizer::wanted(args.sanitize);
     let mut config = GruConfig {
         doorbell: match args.doorbell {
             Doorbell::Trap => ::device::gru::Doorbell::Trap,
@@ -200,7 +201,8 @@ fn config(args: &DeviceArgs) -> GruConfig {
         map_tfh: args.map_tfh,
         engines: args.engines as usize,
         spin: args.spin.map(std::time::Duration::from_micros),
-        sanitize: sanitizer::wanted(args.sanitize),
+        sanitize: level.is_some(),
+        follow_changes: level == Some(sanitizer::WITH_CHANGES),
         broken,
         faults,
         ..standard

@@ -9,9 +9,17 @@ pub const EXIT_CODE: u8 = 4;
 /// As [`EXIT_CODE`], of `vm`, whose other codes are its command's.
 pub const VM_EXIT_CODE: u8 = 123;
 
-/// Whether to run one: told to, or `TLBRIDGE_SANITIZE=1` in the environment.
-pub fn wanted(option: bool) -> bool {
-    option || std::env::var_os("TLBRIDGE_SANITIZE").is_some_and(|value| value == "1")
+/// The level that looks at a host daemon's log of changes.
+pub const WITH_CHANGES: u8 = 2;
+
+/// The level to run one at, if at all: told to, or `TLBRIDGE_SANITIZE=1` (or 2) in the environment.
+pub fn wanted(option: Option<u8>) -> Option<u8> {
+    let levels = 1..=WITH_CHANGES;
+    let environment = || {
+        let value = std::env::var("TLBRIDGE_SANITIZE").ok()?;
+        value.parse().ok().filter(|level| levels.contains(level))
+    };
+    option.or_else(environment)
 }
 
 /// Occurrences of defects in a device's findings; 0 without a sanitizer.
@@ -52,6 +60,13 @@ pub fn summary(findings: &Value) -> Option<String> {
         figure("unjudged")
     )
     .expect("a string takes all");
+    match findings["changes"].as_u64() {
+        None => {}
+        Some(0) => text.push_str("; no host daemon has told of a change"),
+        Some(changes) => {
+            write!(text, "; {changes} changes of mappings heard").expect("a string takes all");
+        }
+    }
     Some(text)
 }
 
@@ -70,6 +85,13 @@ mod tests {
              1 not judged"
         );
         assert_eq!(defects(&findings), 8);
+        for (changes, end) in [
+            (0, "; no host daemon has told of a change"),
+            (7, "; 7 changes of mappings heard"),
+        ] {
+            let findings = json!({"defects": 0, "reports": [], "changes": changes});
+            assert!(summary(&findings).unwrap().ends_with(end));
+        }
     }
 
     #[test]

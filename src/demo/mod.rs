@@ -204,8 +204,8 @@ fn device_args(args: &DemoArgs) -> Vec<OsString> {
         "--engines",
         args.engines.to_string(),
     ];
-    if args.sanitize {
-        list.extend(args!["--sanitize"]);
+    if let Some(level) = args.sanitize {
+        list.extend(args![format!("--sanitize={level}")]);
     }
     for (option, fault) in [("--break", args.break_check), ("--delay", args.delay)] {
         if let Some(fault @ (Fault::KillBit | Fault::Drain)) = fault {

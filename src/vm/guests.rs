@@ -53,7 +53,7 @@ pub(super) fn prepare(
     );
     if args.model == Some(VmModel::Mlx5) {
         // The device would say so of --sanitize as well; here nothing has been started.
-        ensure!(!args.sanitize, "{}", only_gru("--sanitize"));
+        ensure!(args.sanitize.is_none(), "{}", only_gru("--sanitize"));
         ensure!(args.doorbell.is_none(), "{}", only_gru("--doorbell"));
     }
     let each = args.device.len() / count;
@@ -136,7 +136,7 @@ pub(super) fn run(
     });
     let mut first = None;
     let mut defects = 0;
-    let sanitized = sanitizer::wanted(args.sanitize);
+    let sanitized = sanitizer::wanted(args.sanitize).is_some();
     if args.device_stats || sanitized {
         for (machine, device) in machines.iter().zip(&mut devices) {
             let Some(device) = device else { continue };
@@ -348,8 +348,8 @@ fn device_args(args: &VmArgs) -> Vec<OsString> {
         // Strict: a guest's driver need not know of doorbells, and its register writes are posted.
         all.extend(args!["--doorbell", name(args.doorbell.unwrap_or(Doorbell::Trap))]);
     }
-    if args.sanitize {
-        all.extend(args!["--sanitize"]);
+    if let Some(level) = args.sanitize {
+        all.extend(args![format!("--sanitize={level}")]);
     }
     all.extend(args.device_arg.iter().cloned());
     all

@@ -1,5 +1,5 @@
 //! A broken bridge is caught in every run, and the same delays with the check on find nothing. The device's sanitizer
-//! names what is broken in the device; every other run goes without it, as its bookkeeping takes time where a race is.
+//! names what is broken, at level 2 in the daemon, too; every other run goes without it, as its bookkeeping takes time where a race is.
 //! `TLBRIDGE_BREAK_RUNS` sets the number of runs of each kind (default 20).
 
 use std::collections::BTreeSet;
@@ -21,24 +21,25 @@ fn sanitized(seed: u64) -> bool {
 }
 
 /// One short run; its exit code and what it printed.
-fn run(option: &str, check: &str, seed: u64) -> (Option<i32>, serde_json::Value) {
+fn run(sanitize: &str, (option, check): (&str, &str), seed: u64) -> (Option<i32>, serde_json::Value) {
     let text = seed.to_string();
     let mut arguments = vec!["demo", "--json", "--seconds", "2", "--seed", &text, option, check];
-    arguments.extend(sanitized(seed).then_some("--sanitize"));
+    arguments.extend(sanitized(seed).then_some(sanitize));
     let ended = Tool::start(&arguments)
         .wait(Duration::from_secs(60))
         .unwrap_or_else(|| panic!("{arguments:?} does not end"));
     (ended.status.code(), ended.json())
 }
 
-/// `class`: what the sanitizer says; `None` when the device does nothing wrong.
-fn broken_and_control(check: &str, class: Option<&str>) {
+/// `class`: what the sanitizer says.
+fn broken_and_control(sanitize: &str, check: &str, class: &str) {
     if let Some(reason) = processes::missing_capability() {
         println!("SKIP: --break {check}: {reason}");
         return;
     }
+    let mut named = false;
     for seed in 1..=runs() {
-        let (code, result) = run("--break", check, seed);
+        let (code, result) = run(sanitize, ("--break", check), seed);
         assert_eq!(
             code,
             Some(3),
@@ -60,12 +61,18 @@ fn broken_and_control(check: &str, class: Option<&str>) {
                 .iter()
                 .filter_map(|report| report["class"].as_str())
                 .collect();
-            assert_eq!(classes, class.into_iter().collect(), "run {seed}: {result}");
+            // What the daemon tells between the read and a late purge may be told too late for one run's few accesses.
+            let may_miss = sanitize == "--sanitize=2" && classes.is_empty();
+            assert!(
+                may_miss || classes == BTreeSet::from([class]),
+                "run {seed}: {result}"
+            );
+            named |= !may_miss;
         } else {
             assert!(result["sanitizer"].is_null(), "run {seed}: {result}");
         }
 
-        let (code, result) = run("--delay", check, seed);
+        let (code, result) = run(sanitize, ("--delay", check), seed);
         assert_eq!(code, Some(0), "run {seed} with {check} delayed only: {result}");
         assert_eq!(result["stale_accesses"].as_u64(), Some(0), "{result}");
         let defects = result["sanitizer"]["defects"].as_u64();
@@ -75,20 +82,21 @@ fn broken_and_control(check: &str, class: Option<&str>) {
             "the control did nothing: {result}"
         );
     }
+    assert!(named, "no sanitizer has said {class}");
 }
 
 #[test]
 fn test_kill_bit_when_broken_is_caught_in_every_run() {
-    broken_and_control("kill-bit", Some("fill-after-kill"));
+    broken_and_control("--sanitize", "kill-bit", "fill-after-kill");
 }
 
 #[test]
 fn test_drain_when_broken_is_caught_in_every_run() {
-    broken_and_control("drain", Some("completion-before-drain"));
+    broken_and_control("--sanitize", "drain", "completion-before-drain");
 }
 
 #[test]
 fn test_safety_net_when_broken_is_caught_in_every_run() {
-    // The device does what it is told; that it is told too late only the daemon could know.
-    broken_and_control("safety-net", None);
+    // The device does what it is told; that it is told too late is seen at level 2.
+    broken_and_control("--sanitize=2", "safety-net", "stale-translation");
 }

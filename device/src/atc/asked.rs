@@ -9,9 +9,11 @@
 //! answer.)
 
 use super::core::Core;
+use super::defect::Initiator;
 use super::reach::{Reach, Span};
+use super::shadow::Seen;
 use super::slot::Entry;
-use super::types::Miss;
+use super::types::{Access, Miss};
 
 /// One access, of one engine.
 #[derive(Debug, Clone, Copy)]
@@ -52,13 +54,13 @@ impl Core {
         &self,
         engine: usize,
         space: u64,
-        va: u64,
-        len: u64,
-        write: bool,
+        (va, len): (u64, u64),
+        access: Access,
+        by: Initiator,
     ) -> Result<Option<(Listed, u64)>, Miss> {
-        self.with_state(|state| {
+        let result = self.with_state(|state| {
             let entry = self.entry_of(state, space, va).ok_or(Miss::NoEntry)?;
-            if write && !entry.writable {
+            if access == Access::Write && !entry.writable {
                 return Err(Miss::ReadOnly);
             }
             if !entry.is_by_message() {
@@ -80,9 +82,51 @@ impl Core {
                 committed: false,
             });
             assert!(before.is_none(), "an engine asks for one thing at a time");
+            let seen = Seen {
+                engine,
+                after: self.events(),
+                space,
+                va,
+                len,
+                shift: entry.shift,
+                host: entry.host,
+                access,
+                by,
+            };
+            self.record(state, |shadow| shadow.asked(seen, self.slots_of(&seen)));
             let tag = entry.tag;
             Ok(Some((Listed { iova, tag }, len)))
-        })
+        });
+        self.say();
+        result
+    }
+
+    /// A request to write is about to be sent. False: the translation has been taken away, and it must not be.
+    pub(super) fn commit(&self, engine: usize) -> bool {
+        let sent = self.with_state(|state| {
+            let asked = state.asked[engine].as_mut();
+            let asked = asked.expect("an access is on the list until its handle is dropped");
+            asked.committed |= !asked.purged;
+            let sent = asked.committed && !asked.purged;
+            if sent {
+                self.record(state, |shadow| shadow.sent(engine));
+            }
+            sent
+        });
+        self.say();
+        sent
+    }
+
+    /// Off the list. Whether a purge has met it, which may wait for this: one step, as a purge that began between a look
+    /// and the end would wait for somebody who had not seen it. `None`: it was off the list already.
+    pub(super) fn give_back(&self, engine: usize) -> Option<bool> {
+        let purged = self.with_state(|state| {
+            let asked = state.asked[engine].take()?;
+            self.record(state, |shadow| shadow.answered(engine, !asked.purged));
+            Some(asked.purged)
+        });
+        self.say();
+        purged
     }
 
     pub(super) fn asked<T>(&self, engine: usize, look: impl FnOnce(&mut Asked) -> T) -> T {

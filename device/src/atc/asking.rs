@@ -27,7 +27,7 @@ impl Engine {
     ) -> Result<Translation<'_>, Miss> {
         let write = access == Access::Write;
         loop {
-            let after = self.atc.core.events();
+            let after = self.events();
             let (found, shift) = self.atc.core.access(self.slot, space.0, va, write)?;
             if found.host != 0 {
                 return Ok(Translation::Guard(self.guard(
@@ -39,7 +39,8 @@ impl Engine {
                 )));
             }
             self.atc.core.leave(self.slot);
-            let asked = self.atc.core.ask(self.slot, space.0, va, len, write)?;
+            let by = self.by;
+            let asked = self.atc.core.ask(self.slot, space.0, (va, len), access, by)?;
             // Else it has become memory of the other kind meanwhile.
             if let Some((found, len)) = asked {
                 return Ok(Translation::Asking(Asking {
@@ -97,25 +98,23 @@ impl Asking<'_> {
     /// A request to write is about to be sent; a purge waits for `self` from now on. False: it has been purged.
     #[must_use]
     pub fn commit(&self) -> bool {
-        self.engine.atc.core.asked(self.engine.slot, |asked| {
-            asked.committed |= !asked.purged;
-            asked.committed && !asked.purged
-        })
+        self.engine.atc.core.commit(self.engine.slot)
     }
 }
 
 impl Asking<'_> {
-    /// Give it back. Whether a purge has met it, which may wait for this: one step, as a purge that began between a look
-    /// and the end would wait for somebody who had not seen it.
+    /// Give it back. Whether a purge has met it, which may wait for this.
     #[must_use]
     pub fn end(self) -> bool {
         self.leave()
     }
 
     fn leave(&self) -> bool {
-        let slot = self.engine.slot;
-        let listed = self.engine.atc.core.with_state(|state| state.asked[slot].take());
-        listed.is_some_and(|asked| asked.purged)
+        let atc = &self.engine.atc;
+        if atc.core.sanitized {
+            atc.hear();
+        }
+        atc.core.give_back(self.engine.slot).unwrap_or(false)
     }
 }
 

@@ -9,6 +9,7 @@ use crate::dma::{self, DmaError, TargetCache};
 use super::core::{Begun, Core};
 use super::defect::{Defect, Findings, Initiator};
 use super::engine::{Engine, assert_no_guard};
+use super::follow::Follower;
 use super::reach::{Reach, Span};
 use super::shadow::Seen;
 use super::slot::Entry;
@@ -48,6 +49,9 @@ pub struct Atc {
     hooks: OnceLock<Arc<dyn Hooks>>,
     /// Accesses are shown to somebody: a sanitizer, or hooks.
     pub(super) onlookers: AtomicBool,
+    /// There is a sanitizer of level 2.
+    pub(super) follows: bool,
+    pub(super) follower: Follower,
 }
 
 /// A purge whose second half is owed. Until [`Atc::purge_finish`] takes it, no fill that meets the range
@@ -93,6 +97,8 @@ impl Atc {
             dma,
             hooks: OnceLock::new(),
             onlookers: AtomicBool::new(config.sanitize.is_some()),
+            follows: config.follow && config.sanitize.is_some(),
+            follower: Follower::default(),
         });
         let weak: Weak<dyn TargetCache> = Arc::<Self>::downgrade(&atc);
         atc.dma.attach_cache(weak);

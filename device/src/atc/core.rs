@@ -154,7 +154,13 @@ impl Core {
                 evictions: 0,
                 shadow: config.sanitize.map(|names| {
                     let engines = config.engines.max(1);
-                    Box::new(Shadow::new(names, sets * ways, config.tickets, engines))
+                    Box::new(Shadow::new(
+                        names,
+                        sets * ways,
+                        config.tickets,
+                        engines,
+                        config.follow,
+                    ))
                 }),
             }),
             checks: config.checks,
@@ -501,7 +507,7 @@ impl Core {
         if self.checks.drain || begun.reach.frees_memory() {
             self.drain(&mut report, None);
         }
-        if begun.writes && !begun.reach.frees_memory() {
+        if self.checks.drain && begun.writes && !begun.reach.frees_memory() {
             self.wait_for_writes(begun.reach, &mut report);
         }
         self.retire(&begun);
@@ -524,7 +530,8 @@ impl Core {
 
     /// [`Core::finish`] would wait for the client.
     pub(super) fn waits_for_writes(&self, begun: &Begun) -> bool {
-        begun.writes && !begun.reach.frees_memory() && self.writes_hold_up(begun.reach)
+        let waits = self.checks.drain && begun.writes && !begun.reach.frees_memory();
+        waits && self.writes_hold_up(begun.reach)
     }
 
     pub(super) fn with_state<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
@@ -683,7 +690,7 @@ impl Core {
     // ---- the sanitizer ----
 
     /// Records an event, if there is a shadow, in the critical section in which it happens.
-    fn record<R>(&self, state: &mut State, event: impl FnOnce(&mut Shadow) -> R) -> Option<R> {
+    pub(super) fn record<R>(&self, state: &mut State, event: impl FnOnce(&mut Shadow) -> R) -> Option<R> {
         let shadow = state.shadow.as_deref_mut()?;
         let result = event(shadow);
         // Release: whoever reads it and then looks an entry up sees what the event has done to the slots.
@@ -707,8 +714,14 @@ impl Core {
     /// An access has found what it says, and is inside.
     #[cold]
     pub(super) fn entered(&self, seen: Seen) {
+        let slots = self.slots_of(&seen);
+        self.tell(|shadow| shadow.entered(seen, slots));
+    }
+
+    /// Where what an access has found may be.
+    pub(super) fn slots_of(&self, seen: &Seen) -> std::ops::Range<usize> {
         let first = self.set(seen.space, seen.va >> seen.shift, seen.shift) * self.ways;
-        self.tell(|shadow| shadow.entered(seen, first..first + self.ways));
+        first..first + self.ways
     }
 
     /// The engine is about to leave its access.
@@ -739,7 +752,7 @@ impl Core {
     }
 
     /// Prints what is new. Not under the lock: it is a spin lock.
-    fn say(&self) {
+    pub(super) fn say(&self) {
         if !self.sanitized {
             return;
         }

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use protos::bridge::changes::Shown;
+
 use super::types::{Access, PageSize, Purge, SpaceId};
 
 /// A class of defect. `docs/sanitizer.md` has the rules and what each is found by.
@@ -20,6 +22,8 @@ pub enum Defect {
     DeadSpace,
     /// A store used an entry that does not allow stores.
     WriteThroughClean,
+    /// Level 2: a translation was used (or entered) that was older than a change of its addresses which was over.
+    StaleTranslation,
     /// A command was carried out, and its handle says that it was not.
     WrongStatus,
     /// A fault or done bit was set with its interrupt enabled, and the vector was not raised.
@@ -32,13 +36,14 @@ pub enum Defect {
 
 impl Defect {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::FillAfterKill,
         Self::CompletionBeforeDrain,
         Self::UseAfterPurge,
         Self::UseAfterUnmap,
         Self::DeadSpace,
         Self::WriteThroughClean,
+        Self::StaleTranslation,
         Self::WrongStatus,
         Self::LostInterrupt,
         Self::SpuriousFault,
@@ -55,6 +60,7 @@ impl Defect {
             Self::UseAfterUnmap => "use-after-unmap",
             Self::DeadSpace => "dead-space",
             Self::WriteThroughClean => "write-through-clean",
+            Self::StaleTranslation => "stale-translation",
             Self::WrongStatus => "wrong-status",
             Self::LostInterrupt => "lost-interrupt",
             Self::SpuriousFault => "spurious-fault",
@@ -72,6 +78,7 @@ impl Defect {
             Self::UseAfterUnmap => "an access used an entry whose memory had been unmapped before",
             Self::DeadSpace => "an access used an address space that is not in use",
             Self::WriteThroughClean => "a store used an entry that does not allow stores",
+            Self::StaleTranslation => "the mapping had been changed, and the old translation was still there",
             Self::WrongStatus => "a command was carried out, and its handle says EXCEPTION",
             Self::LostInterrupt => "a fault map bit was set, and its vector was not raised",
             Self::SpuriousFault => "a fault bit was set of a control block that has no miss",
@@ -99,6 +106,9 @@ impl Defect {
             }
             Self::WriteThroughClean => {
                 "S11: dirty state reaches the page: a store needs an entry that software made writable"
+            }
+            Self::StaleTranslation => {
+                "S2: when a change of the mapping is over, no translation of before is in use (the host daemon's log)"
             }
             Self::WrongStatus => "GRU handles: status says what has become of the command",
             Self::LostInterrupt => {
@@ -294,7 +304,7 @@ impl fmt::Display for Report {
                 entry.va,
                 entry.size.bytes(),
                 entry.iova,
-                entry.tag
+                Shown(entry.tag)
             )?;
             say_initiator(f, names, entry.by)?;
             write!(
@@ -346,6 +356,8 @@ pub struct Findings {
     pub checked: u64,
     /// Of these: those whose history was not complete any more, so that nothing can be said.
     pub unjudged: u64,
+    /// Level 2: changes of mappings that a host daemon has told. `None`: level 1.
+    pub changes: Option<u64>,
 }
 
 impl Findings {
@@ -359,6 +371,8 @@ impl Findings {
         self.defects_without_report += other.defects_without_report;
         self.checked += other.checked;
         self.unjudged += other.unjudged;
+        // Every ATC reads the same log.
+        self.changes = self.changes.max(other.changes);
     }
 
     /// How often each class was seen (in those that have a report).

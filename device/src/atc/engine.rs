@@ -35,7 +35,7 @@ pub(crate) fn assert_no_guard(what: &str) {
 pub struct Engine {
     pub(super) atc: Arc<Atc>,
     pub(super) slot: usize,
-    by: Initiator,
+    pub(super) by: Initiator,
 }
 
 impl Engine {
@@ -59,6 +59,16 @@ impl Engine {
         self.by = by;
     }
 
+    /// What the sanitizer has seen until now; 0 without one.
+    #[inline]
+    pub(super) fn events(&self) -> u64 {
+        match self.atc.core.events() {
+            0 => 0,
+            _ if self.atc.follows => self.atc.hear(),
+            events => events,
+        }
+    }
+
     /// Translate, and hold the translation: until the guard is dropped no purge of it completes.
     ///
     /// The guard covers `len` bytes, or fewer: it ends with the page and with the 64 KiB chunk that `va`
@@ -69,7 +79,7 @@ impl Engine {
     #[inline]
     pub fn access(&mut self, space: SpaceId, va: u64, len: u64, access: Access) -> Result<Guard<'_>, Miss> {
         let write = access == Access::Write;
-        let after = self.atc.core.events();
+        let after = self.events();
         let (found, shift) = self.atc.core.access(self.slot, space.0, va, write)?;
         if found.host == 0 {
             self.atc.core.leave(self.slot);
@@ -259,6 +269,7 @@ impl Drop for Guard<'_> {
         HELD.set(HELD.get() - 1);
         let core = &self.engine.atc.core;
         if core.sanitized {
+            self.engine.atc.hear();
             core.leaving(self.engine.slot);
         }
         core.leave(self.engine.slot);

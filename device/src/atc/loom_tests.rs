@@ -22,8 +22,8 @@ use super::slot::Entry;
 use super::spin::SpinLock;
 use super::types::{AtcConfig, Checks, FillRefused, Purge, SpaceId};
 
-const PREEMPTIONS: usize = 4;
-const SPACE: u64 = 5;
+pub(super) const PREEMPTIONS: usize = 4;
+pub(super) const SPACE: u64 = 5;
 
 /// Explore everything.
 fn explore(model: impl Fn() + Send + Sync + 'static) {
@@ -31,7 +31,7 @@ fn explore(model: impl Fn() + Send + Sync + 'static) {
 }
 
 /// Explore up to a number of forced switches.
-fn explore_to(preemptions: Option<usize>, model: impl Fn() + Send + Sync + 'static) {
+pub(super) fn explore_to(preemptions: Option<usize>, model: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = preemptions;
     builder.max_branches = 2_000;
@@ -39,7 +39,7 @@ fn explore_to(preemptions: Option<usize>, model: impl Fn() + Send + Sync + 'stat
 }
 
 /// Explore, and something that says `what` has to be found.
-fn must_find(what: &str, model: impl Fn() + Send + Sync + 'static) {
+pub(super) fn must_find(what: &str, model: impl Fn() + Send + Sync + 'static) {
     let panic = catch_unwind(AssertUnwindSafe(|| explore(model)))
         .expect_err("the model checker found nothing although a part of the protocol is off");
     let said = panic
@@ -55,7 +55,7 @@ const RACE: &str = "Causality violation";
 /// What it says when threads wait for each other (waiting is a loop that yields).
 const STUCK: &str = "exceeded maximum number of branches";
 
-fn core(engines: usize, ways: usize, checks: Checks) -> Arc<Core> {
+pub(super) fn core(engines: usize, ways: usize, checks: Checks) -> Arc<Core> {
     let core = Arc::new(Core::new(&AtcConfig {
         sets: 1,
         ways,
@@ -72,7 +72,7 @@ fn core(engines: usize, ways: usize, checks: Checks) -> Arc<Core> {
     core
 }
 
-fn entry(va: u64, shift: u8, tag: u64) -> Entry {
+pub(super) fn entry(va: u64, shift: u8, tag: u64) -> Entry {
     Entry {
         space: SPACE,
         va,
@@ -85,7 +85,7 @@ fn entry(va: u64, shift: u8, tag: u64) -> Entry {
     }
 }
 
-fn page(va: u64) -> Reach {
+pub(super) fn page(va: u64) -> Reach {
     Reach::from(Purge::Range {
         space: SpaceId(SPACE),
         start: va,
@@ -94,7 +94,7 @@ fn page(va: u64) -> Reach {
 }
 
 /// Before the threads start.
-fn preload(core: &Core, entry: &Entry) {
+pub(super) fn preload(core: &Core, entry: &Entry) {
     core.open(0, entry.space, entry.va, Initiator::default());
     core.fill(0, entry).expect("fill without a purge");
     core.close(0);

@@ -18,10 +18,16 @@ mod asked;
 mod asking;
 #[cfg(not(loom))]
 mod cache;
+#[cfg_attr(loom, allow(dead_code))] // The model checker has no client that tells of changes.
+mod changes;
 mod core;
 mod defect;
 #[cfg(not(loom))]
 mod engine;
+#[cfg(not(loom))]
+mod follow;
+#[cfg(all(test, loom))]
+mod loom_by_message;
 #[cfg(all(test, loom))]
 mod loom_tests;
 mod reach;

@@ -11,6 +11,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
+use super::changes::Changes;
 use super::defect::{Defect, EntryLife, Findings, Initiator, Names, PurgeLife, Report, Stamp};
 use super::reach::{Reach, Span};
 use super::slot::Entry;
@@ -52,19 +53,21 @@ struct OpenMiss {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Record {
-    entry: Entry,
+pub(super) struct Record {
+    pub(super) entry: Entry,
     fill: u64,
-    by: Initiator,
+    pub(super) by: Initiator,
     missed: Stamp,
     filled: Stamp,
     next_purge: u64,
     /// The first purge that met it, and that purge's beginning.
     killed: Option<(u64, u64, Reach)>,
+    /// Level 2: a change outdates it.
+    pub(super) outdated: bool,
 }
 
 impl Record {
-    fn life(&self) -> EntryLife {
+    pub(super) fn life(&self) -> EntryLife {
         EntryLife {
             fill: self.fill,
             by: self.by,
@@ -96,10 +99,31 @@ pub(super) struct Seen {
     pub(super) by: Initiator,
 }
 
+/// How far an access by message has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    /// Not by message.
+    No,
+    /// The client is being asked; what it says is thrown away if need be.
+    Open,
+    /// A request to write has been sent.
+    Sent,
+}
+
 #[derive(Debug, Clone, Copy)]
-struct Inside {
-    seen: Seen,
-    record: Record,
+pub(super) struct Inside {
+    pub(super) seen: Seen,
+    pub(super) record: Record,
+    asked: Asked,
+    /// Number of the first purge that comes after it.
+    next_purge: u64,
+}
+
+impl Inside {
+    /// Memory may be accessed just now.
+    pub(super) fn counts(&self) -> bool {
+        self.asked != Asked::Open
+    }
 }
 
 /// The record.
@@ -119,7 +143,9 @@ pub(super) struct Shadow {
     next_purge: u64,
     /// Purges that are not finished.
     running: Vec<u64>,
-    guards: Box<[Option<Inside>]>,
+    pub(super) guards: Box<[Option<Inside>]>,
+    /// Level 2.
+    pub(super) changes: Option<Changes>,
     /// Who holds which spaces; `None`: nobody has ever said so, and nothing is checked.
     holders: Option<Vec<(usize, Vec<u64>)>>,
     findings: Findings,
@@ -128,7 +154,7 @@ pub(super) struct Shadow {
 }
 
 impl Shadow {
-    pub(super) fn new(names: Names, slots: usize, tickets: usize, engines: usize) -> Self {
+    pub(super) fn new(names: Names, slots: usize, tickets: usize, engines: usize, follow: bool) -> Self {
         Self {
             names,
             started: Instant::now(),
@@ -142,6 +168,7 @@ impl Shadow {
             next_purge: 1,
             running: Vec::with_capacity(64),
             guards: vec![None; engines].into(),
+            changes: follow.then(Changes::default),
             holders: None,
             findings: Findings::default(),
             unsaid: 0,
@@ -160,7 +187,7 @@ impl Shadow {
         }
     }
 
-    fn event(&mut self) -> Stamp {
+    pub(super) fn event(&mut self) -> Stamp {
         self.events += 1;
         self.now()
     }
@@ -186,7 +213,7 @@ impl Shadow {
         self.fills += 1;
         self.findings.checked += 1;
         let miss = self.misses[ticket];
-        let record = Record {
+        let mut record = Record {
             entry: *entry,
             fill: self.fills,
             by: miss.map_or(Initiator::default(), |miss| miss.by),
@@ -194,7 +221,9 @@ impl Shadow {
             filled,
             next_purge: self.next_purge,
             killed: None,
+            outdated: false,
         };
+        self.filled_late(&mut record);
         let [last, before] = &mut self.records[slot];
         *before = last.replace(record);
         if self.place[slot] == NOWHERE {
@@ -250,6 +279,21 @@ impl Shadow {
         self.purges.get(self.place_of(number)?)
     }
 
+    /// What has met an entry in its life.
+    pub(super) fn purges_of(&self, record: &Record) -> Vec<PurgeLife> {
+        let met = self.met(record, record.next_purge, record.filled.event);
+        met.iter().map(Line::life).collect()
+    }
+
+    /// Marks those of the living entries.
+    pub(super) fn mark_outdated(&mut self, is: impl Fn(&Record) -> bool) {
+        for &slot in &self.live {
+            let record = self.records[slot as usize][0].as_mut();
+            let record = record.expect("a slot in the list has an entry");
+            record.outdated |= is(record);
+        }
+    }
+
     // ---- purges ----
 
     /// A purge has cleared. (Called after the clearing: whoever enters later may not find what was there.) Its number.
@@ -298,6 +342,11 @@ impl Shadow {
                 continue;
             };
             let (seen, entry) = (inside.seen, inside.record.entry);
+            // A request whose answer is thrown away holds up nobody, nor does one to memory that the client takes back.
+            let by_message = inside.asked != Asked::No;
+            if !inside.counts() || by_message && line.reach.frees_memory() {
+                continue;
+            }
             // Who entered later, or by an entry that came later, is none of this purge's business.
             if seen.after >= line.begun.event || inside.record.filled.event > line.begun.event {
                 continue;
@@ -318,7 +367,10 @@ impl Shadow {
                 engine: Some(engine),
                 by: seen.by,
                 access: Some(seen.access),
-                detail: format!("purge {number} {}", who()),
+                detail: match by_message {
+                    false => format!("purge {number} {}", who()),
+                    true => format!("purge {number} {}; the store has been sent by message", who()),
+                },
                 entry: Some(inside.record.life()),
                 purges: vec![line.life()],
                 ..self.blank(Defect::CompletionBeforeDrain, seen.space, seen.va)
@@ -352,6 +404,15 @@ impl Shadow {
 
     /// An access has found an entry in one of `slots`, and is inside from now on.
     pub(super) fn entered(&mut self, seen: Seen, slots: std::ops::Range<usize>) {
+        self.enter(seen, slots, Asked::No);
+    }
+
+    /// As [`Shadow::entered`], where the client will be asked for the memory.
+    pub(super) fn asked(&mut self, seen: Seen, slots: std::ops::Range<usize>) {
+        self.enter(seen, slots, Asked::Open);
+    }
+
+    fn enter(&mut self, seen: Seen, slots: std::ops::Range<usize>, asked: Asked) {
         self.findings.checked += 1;
         let page = (1u64 << seen.shift) - 1;
         // The last of those that say the same: an earlier life of it may still stand in another way.
@@ -367,7 +428,13 @@ impl Shadow {
             self.findings.unjudged += 1;
             return;
         };
-        self.guards[seen.engine] = Some(Inside { seen, record });
+        let inside = Inside {
+            seen,
+            record,
+            asked,
+            next_purge: self.next_purge,
+        };
+        self.guards[seen.engine] = Some(inside);
         let class = match (record.killed, seen.access) {
             (Some((_, begun, reach)), _) if begun <= seen.after => Some(if reach.frees_memory() {
                 Defect::UseAfterUnmap
@@ -378,25 +445,77 @@ impl Shadow {
             _ if !self.lives(seen.space) => Some(Defect::DeadSpace),
             _ => None,
         };
-        let Some(class) = class else { return };
+        let Some(class) = class else {
+            if record.outdated {
+                self.used_outdated(&seen, &record);
+            }
+            return;
+        };
+        let detail = match class {
+            Defect::DeadSpace => self.who_lives(),
+            _ => String::new(),
+        };
+        self.misused(class, &inside, detail);
+    }
+
+    fn misused(&mut self, class: Defect, inside: &Inside, detail: String) {
+        let Inside { seen, record, .. } = inside;
         let report = Report {
             iova: Some(record.entry.iova + (seen.va - record.entry.va)),
             engine: Some(seen.engine),
             by: seen.by,
             access: Some(seen.access),
-            detail: match class {
-                Defect::DeadSpace => self.who_lives(),
-                _ => String::new(),
-            },
+            detail,
             entry: Some(record.life()),
-            purges: self
-                .met(&record, record.next_purge, record.filled.event)
-                .iter()
-                .map(Line::life)
-                .collect(),
+            purges: self.purges_of(record),
             ..self.blank(class, seen.space, seen.va)
         };
         self.found(report);
+    }
+
+    /// A request to write is about to be sent to the client.
+    pub(super) fn sent(&mut self, engine: usize) {
+        if let Some(inside) = &mut self.guards[engine] {
+            inside.asked = Asked::Sent;
+        }
+        self.look_for_purges(
+            engine,
+            "the store was sent by message although it had been purged",
+        );
+    }
+
+    /// The client has answered (or is not waited for any more), and what it has said is `used`.
+    pub(super) fn answered(&mut self, engine: usize, used: bool) {
+        let load = self.guards[engine].is_some_and(|inside| inside.asked == Asked::Open);
+        if used && load {
+            self.look_for_purges(
+                engine,
+                "what the client said was used although it had been purged",
+            );
+        }
+        self.guards[engine] = None;
+    }
+
+    /// A purge that has come since an access by message began has taken its translation away.
+    fn look_for_purges(&mut self, engine: usize, detail: &str) {
+        let Some(inside) = self.guards[engine] else { return };
+        let seen = &inside.seen;
+        let entry = &inside.record.entry;
+        let bytes = |first: u64| Span {
+            first,
+            last: first + (seen.len.max(1) - 1),
+        };
+        let (va, target) = (bytes(seen.va), bytes(entry.iova + (seen.va - entry.va)));
+        let since = self.purges.iter().rev();
+        let mut since = since.take_while(|line| line.number >= inside.next_purge);
+        let Some(line) = since.find(|line| line.reach.meets(seen.space, va, target)) else {
+            return;
+        };
+        let class = match line.reach.frees_memory() {
+            true => Defect::UseAfterUnmap,
+            false => Defect::UseAfterPurge,
+        };
+        self.misused(class, &inside, detail.to_owned());
     }
 
     pub(super) fn left(&mut self, engine: usize) {
@@ -423,7 +542,7 @@ impl Shadow {
 
     // ---- reports ----
 
-    fn blank(&self, class: Defect, space: u64, va: u64) -> Report {
+    pub(super) fn blank(&self, class: Defect, space: u64, va: u64) -> Report {
         Report {
             class,
             count: 1,
@@ -453,7 +572,7 @@ impl Shadow {
         self.found(report);
     }
 
-    fn found(&mut self, report: Report) {
+    pub(super) fn found(&mut self, report: Report) {
         self.findings.defects += 1;
         let page = |va: u64| va >> PageSize::MIN_SHIFT;
         let same = |known: &&mut Report| {
@@ -480,6 +599,9 @@ impl Shadow {
     }
 
     pub(super) fn findings(&self) -> Findings {
-        self.findings.clone()
+        Findings {
+            changes: self.changes.as_ref().map(|changes| changes.heard),
+            ..self.findings.clone()
+        }
     }
 }

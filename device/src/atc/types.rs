@@ -138,6 +138,8 @@ pub struct AtcConfig {
     pub checks: Checks,
     /// A record of its own looks for broken promises, and speaks of them with these words. Off: costs nothing but a branch.
     pub sanitize: Option<super::defect::Names>,
+    /// The sanitizer's level 2: it can be told where a log of changes is ([`super::Atc::follow_changes`]).
+    pub follow: bool,
     /// A drain that takes longer says so once, and keeps waiting: it cannot return before the engine
     /// has left, and killing the process that holds it up is the business of whoever waits.
     pub drain_warning: std::time::Duration,
@@ -153,6 +155,7 @@ impl Default for AtcConfig {
             by_message: false,
             checks: Checks::ALL,
             sanitize: None,
+            follow: false,
             drain_warning: std::time::Duration::from_secs(1),
         }
     }

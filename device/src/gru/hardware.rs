@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::Instant;
 
-use protos::gru::{cb, cbe, map};
+use protos::gru::{cb, cbe, map, pci};
 
 use super::chiplet::{Chiplet, bits};
 use super::courier::Couriers;
@@ -128,6 +128,20 @@ impl Hardware {
         })
     }
 
+    /// A log of changes is there from now on, or nowhere ([`pci::CHANGE_LOG_WANTED`]).
+    pub(super) fn follow_changes(&self, log: u64) {
+        if !(self.config.sanitize && self.config.follow_changes) {
+            return;
+        }
+        let word = self.wake.status().word(pci::CHANGE_LOG_OFFSET);
+        word.store(log, Ordering::Release);
+        for chiplet in &self.chiplets {
+            chiplet
+                .atc
+                .follow_changes((log != pci::CHANGE_LOG_WANTED).then_some(log));
+        }
+    }
+
     /// Everything as after power-on. Engines finish their chunk first; nothing of the client's memory is cached
     /// or touched when this returns.
     pub(super) fn reset(&self) {
@@ -170,9 +184,10 @@ impl Hardware {
                 chiplet.atc.holds(context, &[]);
             }
         }
+        self.follow_changes(pci::CHANGE_LOG_WANTED);
         self.held_fills.forget();
         self.trapped.clear();
-        if let Err(error) = self.memory.clear(0, protos::gru::pci::BAR_CHIPLETS_SIZE) {
+        if let Err(error) = self.memory.clear(0, pci::BAR_CHIPLETS_SIZE) {
             tracing::error!(%error, "device memory could not be cleared: registers keep old values");
         }
         self.wake.count_reset();

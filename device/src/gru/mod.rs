@@ -152,6 +152,9 @@ pub struct GruConfig {
     pub check_sizeavail: bool,
     /// A sanitizer looks on ([`Model::findings`]).
     pub sanitize: bool,
+    /// It looks at a host daemon's log of changes as well (level 2), if one is named
+    /// ([`protos::gru::pci::CHANGE_LOG_OFFSET`]).
+    pub follow_changes: bool,
     /// Checks that are switched off, to show what they are for.
     pub broken: BreakPlan,
     /// Delays; those that `broken` needs are added.
@@ -175,6 +178,7 @@ impl Default for GruConfig {
             fatal_fault_ecause: cbe::ecause::OS_FATAL_TLB_FAULT.trailing_zeros() as u8,
             check_sizeavail: true,
             sanitize: false,
+            follow_changes: false,
             broken: BreakPlan::default(),
             faults: FaultPlan::default(),
         }
@@ -297,6 +301,7 @@ impl Gru {
                 };
                 let atc_config = AtcConfig {
                     sanitize: config.sanitize.then_some(names),
+                    follow: config.follow_changes,
                     ..atc_config
                 };
                 chiplet::Chiplet::new(index, Atc::new(atc_config, Arc::clone(&context.dma)))
@@ -332,6 +337,7 @@ impl Gru {
             pausing: AtomicBool::new(false),
             polite: cpus <= FEW_CPUS,
         });
+        hardware.follow_changes(pci::CHANGE_LOG_WANTED);
         let gru = Arc::new(Self {
             hardware,
             threads: Mutex::default(),
@@ -499,9 +505,13 @@ impl Model for Gru {
                     .checked_add(len as u64)
                     .is_some_and(|end| end <= pci::BAR_DOORBELL_SIZE) =>
             {
-                // The doorbell page rings; everything else in the BAR is read-only for software.
+                // The doorbell page rings, and one word names a log; everything else is read-only for software.
                 if offset < pci::DOORBELL_OFFSET + 0x1000 {
                     self.hardware.ring_by_message();
+                } else if offset == pci::CHANGE_LOG_OFFSET
+                    && let Ok(log) = data.try_into()
+                {
+                    self.hardware.follow_changes(u64::from_le_bytes(log));
                 }
                 Ok(())
             }

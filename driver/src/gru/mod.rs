@@ -243,6 +243,27 @@ impl Gru {
         self.core.is_gone()
     }
 
+    /// Whether the device would compare what it does with a log of changes ([`protos::bridge::changes`]), and has none.
+    ///
+    /// # Errors
+    /// The transport's.
+    pub fn wants_changes(&self) -> std::io::Result<bool> {
+        let mut word = [0; 8];
+        self.backing()
+            .read(pci::BAR_DOORBELL, pci::CHANGE_LOG_OFFSET, &mut word)?;
+        Ok(u64::from_le_bytes(word) == pci::CHANGE_LOG_WANTED)
+    }
+
+    /// Names it: the log is mapped for the device at `iova`, and nothing has been translated yet.
+    ///
+    /// # Errors
+    /// The transport's.
+    pub fn name_changes(&self, iova: u64) -> std::io::Result<()> {
+        let word = iova.to_le_bytes();
+        self.backing()
+            .write(pci::BAR_DOORBELL, pci::CHANGE_LOG_OFFSET, &word)
+    }
+
     /// What is in use, in words, one line a chiplet.
     #[must_use]
     pub fn resources_in_use(&self) -> Vec<String> {

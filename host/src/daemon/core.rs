@@ -68,9 +68,17 @@ impl Core {
     #[must_use]
     pub fn new(options: Options, gru: Arc<Gru>, fence: Arc<Fence>, own_pidfd: OwnedFd) -> Arc<Self> {
         let backing = gru.backing().clone();
+        let memory = DeviceMemory::new(backing.clone(), options.keep_held_pages);
+        let named = gru.wants_changes().and_then(|wants| match wants {
+            true => gru.name_changes(memory.log_changes()?),
+            false => Ok(()),
+        });
+        if let Err(error) = named {
+            tracing::error!(%error, "the device's sanitizer (level 2) cannot be told of changes");
+        }
         Arc::new(Self {
             options,
-            memory: DeviceMemory::new(backing.clone(), options.keep_held_pages),
+            memory,
             backing,
             gru,
             fence,

@@ -8,6 +8,7 @@
 //!   fill protocol ([`FillTable::begin_fill`]).
 //! * [`MmCache`]: what is mapped where, good for one generation.
 //! * [`ProcMaps`]: asks the kernel.
+//! * [`ChangeLog`]: what a device that checks itself is told about changes that are over.
 //!
 //! # Serving a fault
 //! 1. the miss is known (the device has its ticket open: its kill bit covers what starts later);
@@ -16,6 +17,7 @@
 //! 4. hand the translation to the device with `permit.generation()` as its tag.
 
 mod cache;
+mod change_log;
 mod fill_table;
 mod proc_maps;
 mod protocol;
@@ -23,6 +25,7 @@ mod shared_map;
 mod vma;
 
 pub use cache::{Access, Lookup, MmCache, MmCacheStats};
+pub use change_log::ChangeLog;
 pub use fill_table::{Busy, FaultWaiter, FillPermit, FillTable, FillTableStats};
 pub use proc_maps::ProcMaps;
 pub use protocol::{AgentWords, Fence, FullFence, Word, announce_call, announce_fill};

@@ -220,6 +220,8 @@ impl Mailbox {
                 };
                 match self.space.start(range, token) {
                     Ok((started, round)) => {
+                        let generation = slot.generation.load(Ordering::Relaxed);
+                        self.space.publish_change(start, end, generation);
                         // Before the answer: who has one, is counted.
                         self.stats.starts.fetch_add(1, Ordering::Relaxed);
                         let lost = self.put_open(index, started);

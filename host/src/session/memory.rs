@@ -3,13 +3,15 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use driver::backing::{Backing, DmaProt};
+use protos::bridge::changes::LOG_BYTES;
 
 use super::held::HeldPages;
 use super::identity::{FileId, duplicate};
 use crate::daemon::iova::IovaAllocator;
+use crate::mm::ChangeLog;
 
 /// `[offset, offset + len)` of a file is at `iova`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +48,8 @@ pub struct DeviceMemory {
     /// device knows it. Never taken on the fault path or on the invalidate path, which read a session's own
     /// list of pieces.
     inner: Mutex<Inner>,
+    /// What a device that checks itself is told.
+    changes: OnceLock<Arc<ChangeLog>>,
 }
 
 /// Why memory was not mapped.
@@ -108,6 +112,7 @@ impl DeviceMemory {
                 .then(|| Arc::new(HeldPages::new(backing.clone(), keep_held))),
             backing,
             inner: Mutex::default(),
+            changes: OnceLock::new(),
         }
     }
 
@@ -206,6 +211,35 @@ impl DeviceMemory {
                 }
             }
         }
+    }
+
+    /// Makes a log of changes and maps it for the device, for as long as that is this daemon's. Its IOVA.
+    ///
+    /// # Errors
+    /// The log cannot be made, or the device refuses it.
+    ///
+    /// # Panics
+    /// When called twice.
+    pub fn log_changes(&self) -> io::Result<u64> {
+        let log = Arc::new(ChangeLog::create()?);
+        let mut inner = self.inner();
+        let len = LOG_BYTES as u64;
+        let iova = inner.iova.allocate(len).ok_or(io::ErrorKind::OutOfMemory)?;
+        let read_only = DmaProt {
+            read: true,
+            write: false,
+        };
+        self.backing
+            .dma_map(iova, len, log.fd(), 0, read_only)
+            .inspect_err(|_| inner.iova.release(iova))?;
+        assert!(self.changes.set(log).is_ok(), "one log for a device");
+        Ok(iova)
+    }
+
+    /// The log of changes, if the device looks at one.
+    #[must_use]
+    pub fn changes(&self) -> Option<&Arc<ChangeLog>> {
+        self.changes.get()
     }
 
     /// (files, mappings) that the device has now.

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use driver::gru::{Fault, Pager, Translation};
+use protos::bridge::changes::generation_in;
 
 use super::held::Hold;
 use super::identity::FileId;
@@ -126,7 +127,8 @@ impl SpacePager {
             iova,
             page_shift,
             writable: vma.write,
-            generation: permit.generation(),
+            // The table is the application's to spoil: with its own generations it spoils only its own.
+            generation: generation_in(space.id(), permit.generation()),
         }))
     }
 

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 use driver::gru::{Context, Mm};
+use protos::bridge::changes::generation_in;
 use protos::bridge::control::Notice;
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -134,11 +135,17 @@ impl Session {
         check_userfaultfd(admission.uffd.as_fd()).map_err(invalid)?;
         check_maps(admission.maps.as_fd()).map_err(invalid)?;
         let table = MappedTable::create().map_err(|e| Refusal::new(libc::ENOMEM, e.to_string()))?;
+        // Whose generations they are stands in their upper bits.
+        let first = generation_in(admission.id, 0);
+        table.header.generation.store(first, Ordering::SeqCst);
         let fills = FillTable::new(table);
         let maps = Arc::new(ProcMaps::new(admission.maps));
         let cache = MmCache::new(maps.clone(), fills.clone());
         let xpmem = Xpmem::new(fence.clone());
         let space = AddressSpace::new(admission.id, admission.pid, fills.clone(), cache, xpmem.clone());
+        if let Some(changes) = memory.changes() {
+            space.set_changes(changes.clone());
+        }
         let (notices, theirs) = packet::pair().map_err(system("notice socket"))?;
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| system("eventfd")(e.into()))?;

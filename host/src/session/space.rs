@@ -12,7 +12,7 @@ use super::held::HeldPages;
 use super::identity::FileId;
 use super::memory::UsedFile;
 use super::refusal::Refusal;
-use crate::mm::{Access, Busy, ChangeGuard, FillTable, Lookup, MappedTable, MmCache, Vma};
+use crate::mm::{Access, Busy, ChangeGuard, ChangeLog, FillTable, Lookup, MappedTable, MmCache, Vma};
 use crate::notifier::{Chain, Ctx, Event, MaySleep, NotifierRange, StartError, Started, Unrecorded};
 use crate::subscribers::{HeldMemory, Paused, Reclaimer, Xpmem};
 use crate::uffd::SafetyNetStats;
@@ -65,6 +65,8 @@ pub struct AddressSpace {
     /// Where the device holds pages: those, and the subscriber that takes them away.
     held: OnceLock<(Arc<HeldPages>, Arc<HeldMemory>)>,
     reclaimer: OnceLock<Arc<Reclaimer>>,
+    /// What a device that checks itself is told.
+    changes: OnceLock<Arc<ChangeLog>>,
     /// Read by faults; written when memory is added. Never held during a message to the device.
     files: RwLock<HashMap<FileId, Arc<UsedFile>>>,
     /// Faults that wait for a change to end, as this daemon counts them (the table's word belongs to both).
@@ -93,6 +95,7 @@ impl AddressSpace {
             xpmem,
             held: OnceLock::new(),
             reclaimer: OnceLock::new(),
+            changes: OnceLock::new(),
             files: RwLock::default(),
             deferred: AtomicU32::new(0),
             next_file: AtomicU32::new(1),
@@ -160,7 +163,11 @@ impl AddressSpace {
     pub fn reclaimer_or_init(&self, seed: u64) -> &Arc<Reclaimer> {
         self.reclaimer.get_or_init(|| {
             let seed = seed ^ u64::from(self.id);
-            Arc::new(Reclaimer::new(self.chain.clone(), self.table.clone(), seed))
+            let mut reclaimer = Reclaimer::new(self.chain.clone(), self.table.clone(), seed);
+            if let Some(changes) = self.changes.get() {
+                reclaimer.publish_to(changes.clone(), self.id);
+            }
+            Arc::new(reclaimer)
         })
     }
 
@@ -173,6 +180,22 @@ impl AddressSpace {
             self.gru.set(Arc::downgrade(gru)).is_ok(),
             "one GRU address space a session"
         );
+    }
+
+    /// The device looks at a log of changes.
+    ///
+    /// # Panics
+    /// When called twice.
+    pub fn set_changes(&self, changes: Arc<ChangeLog>) {
+        assert!(self.changes.set(changes).is_ok(), "one device a session");
+    }
+
+    /// A change is over, as far as devices are concerned: nobody may use a translation of `[start, end)` from before
+    /// `generation`. Said before the application hears of it. Neither sleeps nor allocates.
+    pub fn publish_change(&self, start: u64, end: u64, generation: u64) {
+        if let Some(changes) = self.changes.get() {
+            changes.publish(self.id, (start, end), generation);
+        }
     }
 
     /// The device holds pages.

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::pread;
 
-use crate::mm::MappedTable;
+use crate::mm::{ChangeLog, MappedTable};
 use crate::notifier::{Chain, Ctx, Event, MaySleep, NonSleeping, NotifierRange, StartError, might_sleep};
 
 const PAGE: u64 = 4096;
@@ -121,6 +121,8 @@ pub struct Reclaimer {
     /// Held during an attempt: when [`Self::forget`] returns, nothing of the range is being discarded.
     state: Mutex<State>,
     counters: Counters,
+    /// Where changes are told, and whose they are.
+    changes: Option<(Arc<ChangeLog>, u32)>,
 }
 
 /// Nothing is being discarded while this lives.
@@ -148,7 +150,13 @@ impl Reclaimer {
                 buffer: vec![0; DEFAULT_CHUNK as usize],
             }),
             counters: Counters::default(),
+            changes: None,
         }
+    }
+
+    /// What it discards is told there, as address space `space`.
+    pub fn publish_to(&mut self, changes: Arc<ChangeLog>, space: u32) {
+        self.changes = Some((changes, space));
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -226,7 +234,7 @@ impl Reclaimer {
             blockable: false,
         };
         // Fills of the piece are put off until this is dropped, whatever comes of the start.
-        let _change = self.table.begin_change(range.start, range.end);
+        let change = self.table.begin_change(range.start, range.end);
         let started = {
             let section = NonSleeping::enter();
             self.chain
@@ -241,6 +249,9 @@ impl Reclaimer {
             }
             Err(error) => return Err(io::Error::other(error)),
         };
+        if let Some((changes, space)) = &self.changes {
+            changes.publish(*space, (range.start, range.end), change.generation());
+        }
         let result = Self::discard(&piece, &mut state.buffer);
         self.chain.invalidate_range_end(started, Ctx::MaySleep(token));
         let refilled_bytes = result.inspect_err(|error| {

@@ -157,6 +157,10 @@ impl SafetyNet {
             let message = self.read();
             if let Ok(Some(message)) = message {
                 self.forget(message, paused.as_mut());
+                // Whoever made the change goes on.
+                for (start, end) in message.discards() {
+                    self.space.publish_change(start, end, change.generation());
+                }
             }
             drop(paused);
             let read_after = ready.elapsed();

@@ -5,6 +5,9 @@
 //!   `SCM_RIGHTS`): attaching, memory, contexts. Low frequency;
 //! * one memfd, the [shared] table: the mailbox for invalidations and the counts that let most of
 //!   them skip the mailbox altogether.
+//!
+//! The log of [changes] is a third thing, between the daemon and a device that checks itself.
 
+pub mod changes;
 pub mod control;
 pub mod shared;

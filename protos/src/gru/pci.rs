@@ -38,6 +38,11 @@ pub const STATUS_RESETS_BEGUN: u64 = 0x10;
 pub const STATUS_MODE: u64 = 0x14;
 /// "tlbgrust" as a little-endian word.
 pub const STATUS_MAGIC_VALUE: u64 = u64::from_le_bytes(*b"tlbgrust");
+/// u64 in BAR0, trapped: IOVA of the log of changes ([`crate::bridge::changes`]). A device that does not look into one
+/// reads as 0; one that waits for an address, as [`CHANGE_LOG_WANTED`], also after a reset.
+pub const CHANGE_LOG_OFFSET: u64 = 0x2000;
+/// No log has been named.
+pub const CHANGE_LOG_WANTED: u64 = u64::MAX;
 /// MSI-X table in BAR0.
 pub const MSIX_TABLE_OFFSET: u64 = 0x8000;
 /// MSI-X pending bits in BAR0.

@@ -1,6 +1,8 @@
 //! Unit tests over real mappings. Set-up is here, tests by topic below.
 
 mod access;
+mod by_message;
+mod changes;
 mod drain;
 mod kill;
 mod model;

@@ -306,6 +306,20 @@ impl Env<'_> {
                 (Some(resolved), _) => return Ok(Place::Physical(resolved)),
                 (None, covered) => (None, va, covered),
             }
+        } else if purpose == Purpose::Atomic || self.room.is_empty() {
+            // Whoever cannot ask is on no list of those who do.
+            let space = self.space_of(va);
+            return match self.engine.access(space, va, len, access) {
+                Ok(guard) => {
+                    *self.tag = guard.tag().min(*self.tag);
+                    Ok(Place::Translated(guard))
+                }
+                Err(Miss::ByMessage) => Err(match purpose {
+                    Purpose::Atomic => Stop::NOT_ATOMIC,
+                    Purpose::Copy => Stop::ByMessage,
+                }),
+                Err(miss) => Err(fault(miss, va, access, self.store_miss)),
+            };
         } else {
             let space = self.space_of(va);
             match self.engine.translate(space, va, len, access) {
@@ -420,7 +434,7 @@ fn fault(miss: Miss, va: u64, access: Access, store_miss: tfh::Cause) -> Stop {
         (Miss::NoEntry, Access::Read) => tfh::Cause::TLB_MISS,
         (Miss::NoEntry, Access::Write) => store_miss,
         (Miss::ReadOnly, _) => tfh::Cause::TLB_MOD,
-        (Miss::ByMessage, _) => unreachable!("a translation says that in another way"),
+        (Miss::ByMessage, _) => unreachable!("whoever can be told so has looked"),
     };
     Stop::Fault(Fault { va, cause })
 }

@@ -368,6 +368,39 @@ fn test_purge_when_a_write_was_sent_waits_until_it_has_happened() {
     assert_eq!(rig.finish(0), Status::IDLE);
 }
 
+/// What does not wait for the client's answer is seen, by the TGH that says so; what waits is not.
+#[test]
+fn test_sanitizer_when_a_tgh_does_not_wait_for_a_sent_store_reports_it() {
+    use crate::atc::Defect;
+    use crate::faults::BreakPlan;
+    for broken in [true, false] {
+        let (rig, client) = rig(GruConfig {
+            sanitize: true,
+            broken: BreakPlan {
+                drain: broken,
+                ..BreakPlan::default()
+            },
+            ..config(Doorbell::Trap)
+        });
+        client.behave(Manner::Silent);
+        rig.issue(0, store(VA + 8));
+        wait_until_asked(&rig, &client, (0, 1));
+        rig.purge_send(3, ASID, VA, 1);
+        let findings = || rig.gru.findings().expect("a sanitizer");
+        if !broken {
+            client.behave(Manner::Answers);
+        }
+        rig.until("the purge", || {
+            (rig.tgh(3).status() == HandleStatus::IDLE).then_some(())
+        });
+        let classes: Vec<_> = findings().reports.iter().map(|report| report.class).collect();
+        let expected = vec![Defect::CompletionBeforeDrain; usize::from(broken)];
+        assert_eq!(classes, expected, "{:#?}", findings());
+        client.behave(Manner::Answers);
+        assert_eq!(rig.finish(0), Status::IDLE);
+    }
+}
+
 /// The thread that takes the store of a TGH counts as no engine: if it is held up after its look at the write, the engine
 /// that hears of the answer finds nothing to finish.
 #[test]

@@ -94,7 +94,8 @@ fn config(doorbell: Doorbell) -> GruConfig {
 
 impl Rig {
     fn new(mut config: GruConfig) -> Arc<Self> {
-        config.sanitize |= std::env::var_os("TLBRIDGE_SANITIZE").is_some_and(|value| value == "1");
+        config.sanitize |=
+            std::env::var_os("TLBRIDGE_SANITIZE").is_some_and(|value| value == "1" || value == "2");
         let faultless = config.broken == Default::default()
             && config.faults.inject == Default::default()
             && config.purge_match == PurgeMatch::Overlap;
