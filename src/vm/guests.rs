@@ -61,7 +61,11 @@ pub(super) fn prepare(
         .map(|index| {
             let (log, log_is_temporary) = match &args.log {
                 Some(log) => (log_of(log, index, args.guests), false),
-                None => (default_log(lab, index, args.guests), true),
+                None => {
+                    let name = format!("vm-{}.log", std::process::id());
+                    let name = log_of(Path::new(&name), index, args.guests);
+                    (default_log(lab, &name.to_string_lossy()), true)
+                }
             };
             let mut spec = spec(std::path::absolute(&log).context("the log's path")?);
             let directory = tempfile::Builder::new()
@@ -359,18 +363,13 @@ fn log_of(log: &Path, index: u32, guests: u32) -> PathBuf {
     log.with_file_name(format!("{stem}-{index}{}", extension.unwrap_or_default()))
 }
 
-/// In the lab if that belongs to this user.
-fn default_log(lab: &Lab, index: u32, guests: u32) -> PathBuf {
-    let name = log_of(
-        Path::new(&format!("vm-{}.log", std::process::id())),
-        index,
-        guests,
-    );
+/// Where a guest's log is when nobody says: in the lab if that belongs to this user.
+pub fn default_log(lab: &Lab, name: &str) -> PathBuf {
     let directory = lab.directory().join("logs");
-    let place = directory.join(&name);
+    let place = directory.join(name);
     match std::fs::create_dir_all(&directory).and_then(|()| std::fs::write(&place, "")) {
         Ok(()) => place,
-        Err(_) => std::env::temp_dir().join(format!("tlbridge-{}", name.display())),
+        Err(_) => std::env::temp_dir().join(format!("tlbridge-{name}")),
     }
 }
 

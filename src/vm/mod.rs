@@ -15,6 +15,8 @@ use crate::cli::{GuestKind, KernelSeries, VmArgs, VmModel};
 use crate::demo::args;
 use crate::stop::Stop;
 
+pub use guests::default_log;
+
 /// As of `timeout`.
 const TIMED_OUT: u8 = 124;
 /// The guest did not run the command to its end.

@@ -23,6 +23,7 @@ use super::{BenchResult, Case, Run};
 use crate::cli::{BenchArgs, Doorbell, ModelName, UffdModeName};
 use crate::demo::{ANSWER_LIMIT, args, name};
 use crate::stop::Stop;
+use crate::vm::default_log;
 use report::{GuestResult, GuestRow, SandboxRow};
 use transcript::Transcript;
 
@@ -114,16 +115,12 @@ impl Machine {
     }
 
     fn spec(&self, doorbell: Doorbell, socket: &Path) -> Spec {
-        let log = self.lab.directory().join(format!(
-            "logs/bench-{}-{}.log",
-            std::process::id(),
-            name(doorbell)
-        ));
+        let file = format!("bench-{}-{}.log", std::process::id(), name(doorbell));
         let mut spec = Spec::new(
             self.qemu.clone(),
             self.kernel.clone(),
             self.initramfs.clone(),
-            log,
+            default_log(&self.lab, &file),
         );
         spec.accelerator = self.acceleration.accelerator;
         spec.boot = self.acceleration.boot;
