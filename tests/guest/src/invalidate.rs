@@ -157,43 +157,42 @@ pub fn floor() -> Result<()> {
 }
 
 fn accesses(gseg: &Gseg<'_>) -> Result<()> {
-    let time = |what: &str, access: &dyn Fn()| {
-        let mut times: Vec<_> = (0..ACCESSES)
-            .map(|_| {
-                let begin = Instant::now();
-                access();
-                begin.elapsed().as_nanos() as u64
-            })
-            .collect();
+    let time = |what: &str, access: &dyn Fn() -> Result<()>| -> Result<()> {
+        let mut times = Vec::with_capacity(ACCESSES);
+        for _ in 0..ACCESSES {
+            let begin = Instant::now();
+            access()?;
+            times.push(begin.elapsed().as_nanos() as u64);
+        }
         times.sort_unstable();
         println!(
             "access {what} {} {}",
             times[ACCESSES / 2],
             times[ACCESSES * 99 / 100]
         );
+        Ok(())
     };
     time("trapped-read", &|| {
         let _ = gseg.load(NOTHING);
-    });
-    time("trapped-write", &|| gseg.store(NOTHING, 1));
+        Ok(())
+    })?;
+    time("trapped-write", &|| {
+        gseg.store(NOTHING, 1);
+        Ok(())
+    })?;
     time("control-block-read", &|| {
         let _ = gseg.load(gseg.cb(1));
-    });
-    time("data-segment-write", &|| gseg.write_ds(0, &[1]));
-    let mut loads = Vec::new();
+        Ok(())
+    })?;
+    time("data-segment-write", &|| {
+        gseg.write_ds(0, &[1]);
+        Ok(())
+    })?;
     let region = Region::anonymous(PAGE)?;
     region.store(0, 3);
-    for _ in 0..ACCESSES {
-        let begin = Instant::now();
-        gseg.run(0, &Instruction::vload(region.va(0), 0, XType::DWORD, 1, 1))?
-            .done()?;
-        loads.push(begin.elapsed().as_nanos() as u64);
-    }
-    loads.sort_unstable();
-    println!(
-        "access vload-hit {} {}",
-        loads[ACCESSES / 2],
-        loads[ACCESSES * 99 / 100]
-    );
-    Ok(())
+    let load = Instruction::vload(region.va(0), 0, XType::DWORD, 1, 1);
+    time("vload-hit", &|| {
+        gseg.run(0, &load)?.done()?;
+        Ok(())
+    })
 }

@@ -4,47 +4,24 @@
 //!
 //! The old page stays where it is (a page of a file), so that a late store is seen for sure.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use protos::gru::cb::{Instruction, Status, XType};
 
 use crate::Outcome;
-use crate::driver::{Gru, Gseg, Misses, Shape};
-use crate::memory::PAGE;
-use crate::stale::Pages;
+use crate::driver::{Gru, Gseg};
+use crate::memory::{PAGE, PagePair};
+use crate::stale::for_both_misses;
 
 /// What the old page holds when the call has returned.
 const POISON: u64 = 0x5a5a_5a5a_5a5a_5a5a;
 
 pub fn run(gru: &Gru, rounds: u64) -> Outcome {
-    let mut late = Vec::new();
-    let mut opened = 0;
-    for misses in Misses::BOTH {
-        let gseg = gru.context(Shape {
-            misses,
-            ..Shape::default()
-        })?;
-        for round in 0..rounds {
-            match one(&gseg, round, &mut opened).with_context(|| format!("{misses:?}, round {round}"))? {
-                None => {}
-                Some(what) => late.push(format!("{misses:?}, round {round}: {what}")),
-            }
-        }
-    }
-    ensure!(
-        late.is_empty(),
-        "{} late stores in {} rounds, first {}",
-        late.len(),
-        2 * rounds,
-        late[0]
-    );
-    Ok(format!(
-        "0 late stores in {} rounds, {opened} with a store under way when the call returned",
-        2 * rounds
-    ))
+    let opened = "with a store under way when the call returned";
+    for_both_misses(gru, rounds, "late stores", opened, one)
 }
 
 fn one(gseg: &Gseg<'_>, round: u64, opened: &mut u64) -> Result<Option<String>> {
-    let pages = Pages::new()?;
+    let pages = PagePair::new()?;
     pages.fixed.fill(0, 2 * PAGE, 1);
     let at = pages.window.va(0);
     let words = PAGE as u64 / 8;

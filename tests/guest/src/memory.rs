@@ -254,6 +254,30 @@ pub fn memory_file(len: usize) -> Result<std::os::fd::OwnedFd> {
     Ok(file)
 }
 
+/// Two pages of a file, seen at a fixed place and, one after the other, through a window.
+#[derive(Debug)]
+pub struct PagePair {
+    /// The file.
+    pub file: std::os::fd::OwnedFd,
+    /// Both.
+    pub fixed: Region,
+    /// At first the first.
+    pub window: Region,
+}
+
+impl PagePair {
+    /// New ones.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn new() -> Result<Self> {
+        let file = memory_file(2 * PAGE)?;
+        let fixed = Region::shared(&file, 2 * PAGE)?;
+        let window = Region::shared(&file, PAGE)?;
+        Ok(Self { file, fixed, window })
+    }
+}
+
 /// Loads a word of a mapping that is no [`Region`].
 pub fn touch(va: u64) {
     // SAFETY: the caller has mapped it.

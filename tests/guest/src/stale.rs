@@ -12,12 +12,30 @@ use protos::gru::cb::{Instruction, Status, XType};
 
 use crate::Outcome;
 use crate::driver::{Gru, Gseg, Misses, Shape};
-use crate::memory::{PAGE, Region, memory_file};
+use crate::memory::{PAGE, PagePair};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
 pub fn run(gru: &Gru, rounds: u64) -> Outcome {
-    let mut stale = Vec::new();
+    for_both_misses(
+        gru,
+        rounds,
+        "stale accesses",
+        "with a translation on its way",
+        one,
+    )
+}
+
+/// Rounds of a test that opens a window and looks whether something slipped through, in contexts of both kinds.
+/// `one` returns what did, and counts the `opened` windows that it saw.
+pub fn for_both_misses(
+    gru: &Gru,
+    rounds: u64,
+    violations: &str,
+    opened_how: &str,
+    one: impl Fn(&Gseg<'_>, u64, &mut u64) -> Result<Option<String>>,
+) -> Outcome {
+    let mut found = Vec::new();
     let mut opened = 0;
     for misses in Misses::BOTH {
         let gseg = gru.context(Shape {
@@ -27,48 +45,25 @@ pub fn run(gru: &Gru, rounds: u64) -> Outcome {
         for round in 0..rounds {
             match one(&gseg, round, &mut opened).with_context(|| format!("{misses:?}, round {round}"))? {
                 None => {}
-                Some(what) => stale.push(format!("{misses:?}, round {round}: {what}")),
+                Some(what) => found.push(format!("{misses:?}, round {round}: {what}")),
             }
         }
     }
     ensure!(
-        stale.is_empty(),
-        "{} stale accesses in {} rounds, first {}",
-        stale.len(),
+        found.is_empty(),
+        "{} {violations} in {} rounds, first {}",
+        found.len(),
         2 * rounds,
-        stale[0]
+        found[0]
     );
     Ok(format!(
-        "0 stale accesses in {} rounds, {opened} with a translation on its way",
+        "0 {violations} in {} rounds, {opened} {opened_how}",
         2 * rounds
     ))
 }
 
-/// Two pages of a file, seen at a fixed place and, one after the other, through a window.
-pub struct Pages {
-    /// The file.
-    pub file: std::os::fd::OwnedFd,
-    /// Both.
-    pub fixed: Region,
-    /// At first the first.
-    pub window: Region,
-}
-
-impl Pages {
-    /// New ones.
-    ///
-    /// # Errors
-    /// No memory.
-    pub fn new() -> Result<Self> {
-        let file = memory_file(2 * PAGE)?;
-        let fixed = Region::shared(&file, 2 * PAGE)?;
-        let window = Region::shared(&file, PAGE)?;
-        Ok(Self { file, fixed, window })
-    }
-}
-
 fn one(gseg: &Gseg<'_>, round: u64, opened: &mut u64) -> Result<Option<String>> {
-    let pages = Pages::new()?;
+    let pages = PagePair::new()?;
     let (old, new) = (2 * round + 1, 2 * round + 2);
     pages.fixed.fill(0, PAGE, old);
     pages.fixed.fill(PAGE, PAGE, new);
