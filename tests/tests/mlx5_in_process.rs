@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use device::fabric::Fabric;
 use device::mlx5::{Mlx5, Mlx5Config};
 use device::model::Model;
+use device::pci::Function;
 use driver::backing::Backing;
 use driver::mlx5::{
     CompletionQueue, Connection, EventQueue, Hca, MemoryKey, Mlx5Error, QueuePair, Region, SendRequest,
@@ -565,8 +566,20 @@ fn test_dump_when_queues_have_worked_shows_registers_objects_and_counters() {
     assert!(sent >= 2, "{stats}");
 }
 
-#[test]
-fn test_write_and_send_when_between_two_hcas_of_a_process_are_copied_once() {
+/// One of two HCAs on a fabric, with a queue pair that is connected to the other one's.
+struct End {
+    hca: Hca,
+    function: Arc<Function>,
+    model: Arc<Mlx5>,
+    _eq: EventQueue,
+    cq: CompletionQueue,
+    qp: QueuePair,
+    region: Region,
+    key: MemoryKey,
+}
+
+/// Two of them, which give up after so many retries.
+fn two_ends(retries: u8, timeout: u8) -> [End; 2] {
     let fabric = Fabric::new();
     let make = |node_guid| {
         let config = Mlx5Config {
@@ -575,46 +588,94 @@ fn test_write_and_send_when_between_two_hcas_of_a_process_are_copied_once() {
             ..Mlx5Config::default()
         };
         let (backing, model) = InProcess::build(|context| Mlx5::new(context, config)).expect("an HCA");
-        (Hca::new(Arc::new(backing), MEMORY).expect("bring-up"), model)
-    };
-    let ends = [make(0x10_0000), make(0x20_0000)];
-    let lids = [0, 1].map(|side: usize| ends[side].0.lid().unwrap());
-    let mut sides = ends.each_ref().map(|(hca, _)| {
+        let function = Arc::clone(backing.function());
+        let hca = Hca::new(Arc::new(backing), MEMORY).expect("bring-up");
         let pd = hca.protection_domain().unwrap();
         let eq = hca.event_queue(6, 0, 1).unwrap();
         let cq = hca.completion_queue(6, &eq).unwrap();
         let qp = hca.queue_pair(Service::Rc, pd, 5, &cq, &cq).unwrap();
         let region = hca.memory().take(1 << 20).unwrap();
         let key = hca.memory_key(pd, region, VA, &RIGHTS).unwrap();
-        (eq, cq, qp, region, key)
-    });
-    let numbers = [sides[0].2.number(), sides[1].2.number()];
+        End {
+            hca,
+            function,
+            model,
+            _eq: eq,
+            cq,
+            qp,
+            region,
+            key,
+        }
+    };
+    let mut ends = [make(0x10_0000), make(0x20_0000)];
     for side in [0, 1] {
+        let other = &ends[1 - side];
         let to = Connection {
-            qpn: numbers[1 - side],
-            lid: lids[1 - side],
-            retries: 7,
-            timeout: 14,
+            qpn: other.qp.number(),
+            lid: other.hca.lid().unwrap(),
+            retries,
+            timeout,
         };
-        ends[side].0.connect(&mut sides[side].2, to).unwrap();
+        let end = &mut ends[side];
+        end.hca.connect(&mut end.qp, to).unwrap();
     }
+    ends
+}
+
+/// As with a cable that is pulled: nobody is told that its memory may not be written.
+#[test]
+fn test_writes_when_the_other_hcas_client_is_killed_end_after_their_retries() {
+    let mut cut = 0;
+    for _ in 0..10 {
+        let [mut near, far] = two_ends(2, 10);
+        let mut open = 0;
+        for _ in 0..30 {
+            let request = SendRequest::Write(VA, far.key.key);
+            near.hca
+                .post_send(&mut near.qp, request, near.key, VA, 1 << 20)
+                .unwrap();
+            open += 1;
+        }
+        // Some have been done, others are on their way.
+        near.hca.wait_completion(&mut near.cq).unwrap();
+        far.function.disconnect();
+        let mut ends = Vec::new();
+        for _ in 1..open {
+            let cqe = near.hca.wait_completion(&mut near.cq).unwrap();
+            ends.extend(cqe.syndrome());
+        }
+        // (None, if it had done all of them first.)
+        if let Some((first, rest)) = ends.split_first() {
+            cut += 1;
+            assert_eq!(*first, Syndrome::TRANSPORT_RETRY);
+            assert!(rest.iter().all(|end| *end == Syndrome::FLUSHED), "{ends:?}");
+        }
+    }
+    assert!(cut > 0, "all writes had ended, ten times");
+}
+
+#[test]
+fn test_write_and_send_when_between_two_hcas_of_a_process_are_copied_once() {
+    let [mut near, mut far] = two_ends(7, 14);
     const LEN: usize = 300_000;
     let bytes: Vec<u8> = (0..LEN).map(|at| (at / 7) as u8).collect();
-    let ([near, far], [a, b]) = (ends.each_ref().map(|(hca, _)| hca), &mut sides);
-    near.memory().write(a.3.iova, &bytes);
+    near.hca.memory().write(near.region.iova, &bytes);
     for (request, offset) in [
-        (SendRequest::Write(VA + 0x700, b.4.key), 0x700),
+        (SendRequest::Write(VA + 0x700, far.key.key), 0x700),
         (SendRequest::Send(None), 0x6_0000),
     ] {
-        far.post_receive(&mut b.2, b.4, VA + 0x6_0000, LEN as u32);
-        near.post_send(&mut a.2, request, a.4, VA, LEN as u32).unwrap();
-        let cqe = near.wait_completion(&mut a.1).unwrap();
+        far.hca
+            .post_receive(&mut far.qp, far.key, VA + 0x6_0000, LEN as u32);
+        near.hca
+            .post_send(&mut near.qp, request, near.key, VA, LEN as u32)
+            .unwrap();
+        let cqe = near.hca.wait_completion(&mut near.cq).unwrap();
         assert_eq!(cqe.opcode(), CqeOpcode::REQUESTER, "{cqe:?}");
         let mut got = vec![0; LEN];
-        far.memory().read(b.3.iova + offset, &mut got);
+        far.hca.memory().read(far.region.iova + offset, &mut got);
         assert_eq!(got, bytes, "{request:?}");
     }
-    let dump = ends[0].1.dump();
+    let dump = near.model.dump();
     let count = |name: &str| -> u64 {
         let shards = dump["stats"]["transport"].as_array().unwrap();
         shards.iter().map(|shard| shard[name].as_u64().unwrap()).sum()

@@ -422,6 +422,11 @@ impl Function {
     /// The client is gone: its memory is unmapped, its eventfds are closed, everything has its reset value.
     /// Afterwards the next client can come.
     pub fn disconnect(&self) {
+        // The model first: one that others ask for its memory would tell them that they may not use it.
+        {
+            let _quiet = self.dma.quiet();
+            self.model.reset();
+        }
         self.dma.unmap_all();
         self.function_reset();
         self.interrupts.disconnect();
