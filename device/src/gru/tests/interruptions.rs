@@ -391,17 +391,20 @@ fn journey(doorbell: Doorbell, mode: Mode, seed: u64) -> Vec<State> {
 fn test_context_when_moved_in_the_middle_of_everything_loses_and_repeats_nothing() {
     in_all_modes(|doorbell| {
         for mode in [Mode::UserPolling, Mode::FaultMap] {
-            let seen: Vec<State> = (1..=4).flat_map(|seed| journey(doorbell, mode, seed)).collect();
-            let stopped = |state| seen.iter().filter(|&&found| found == state).count();
-            // The points of interruption were in the middle.
-            assert!(
-                stopped(State::INTERRUPTED) > 0 || mode == Mode::UserPolling,
-                "{seen:?}"
-            );
-            assert!(
-                stopped(State::INTERRUPTED_MISS_UPM) > 0 || mode == Mode::FaultMap,
-                "{seen:?}"
-            );
+            // The points of interruption are to be in the middle of something: which ones a journey meets is for the
+            // scheduler to say, so there are more of them where four do not meet it.
+            let middle = match mode {
+                Mode::FaultMap => State::INTERRUPTED,
+                _ => State::INTERRUPTED_MISS_UPM,
+            };
+            let mut met = false;
+            for seed in 1..=40 {
+                met |= journey(doorbell, mode, seed).contains(&middle);
+                if met && seed >= 4 {
+                    break;
+                }
+            }
+            assert!(met, "no context was moved in {middle:?}");
         }
     });
 }
