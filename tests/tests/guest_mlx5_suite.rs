@@ -2,7 +2,7 @@
 //! it.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lab::guest::Guest;
 use lab::kernel::Series;
@@ -185,11 +185,11 @@ fn served(guest: &mut Guest) -> String {
 }
 
 #[test]
-fn test_two_guests_when_on_one_fabric_reach_each_other() {
+fn test_two_guests_when_on_one_fabric_reach_each_other_until_one_is_killed() {
     let rig = guest_or_skip!();
     let place = tempfile::tempdir().unwrap();
     let url = format!("unix:{}", place.path().join("fabric.sock").display());
-    let devices = [
+    let mut devices = [
         Device::mlx5(&["--fabric", &format!("listen:{url}")]),
         Device::mlx5(&["--fabric", &url]),
     ];
@@ -238,7 +238,39 @@ fn test_two_guests_when_on_one_fabric_reach_each_other() {
         run(client, &script, LONG);
         served(server);
     }
+    // One of them ends in the middle: the other one is told, and goes on.
+    // (Always with writes under way: a ping-pong may be waiting for the other side only.)
+    let endless = "ib_write_bw -N -s 65536 -n 1000000";
+    serve(server, endless);
+    let before = completions(&mut devices[1]);
+    start(client, &format!("{endless} 10.9.8.1"));
+    let begin = Instant::now();
+    while completions(&mut devices[1]) < before + 1000 {
+        assert!(begin.elapsed() < LONG, "nothing passes");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    drop(guests.remove(0));
+    let client = &mut guests[0];
+    let said = run(
+        client,
+        "i=0; until [ -e /tmp/code ]; do i=$((i+1)); [ $i -lt 1200 ] || break; usleep 100000; done; \
+         cat /tmp/said; ! grep -qx 0 /tmp/code",
+        LONG,
+    );
+    // IBV_WC_RETRY_EXC_ERR.
+    assert!(said.contains("Failed status 12"), "{said}");
+    serve(client, "ibv_rc_pingpong -c");
+    run(client, "ibv_rc_pingpong -c localhost", LONG);
+    served(client);
     for guest in guests {
         guest.power_off().unwrap_or_else(|e| panic!("{e}"));
     }
+}
+
+/// Completions that a device has written.
+fn completions(device: &mut Device) -> u64 {
+    let stats = device.stats();
+    stats["completions"]
+        .as_u64()
+        .unwrap_or_else(|| panic!("no number of completions: {stats}"))
 }
