@@ -9,7 +9,7 @@ use device::faults::BreakPlan;
 use protos::gru::cb::Opc;
 use tests::fuzzing::gru::GruUnderTest;
 use tests::fuzzing::gru_actions::{Action, Change, ContextNumber, Instruction, PurgeKind, Sequence};
-use tests::fuzzing::runner::{Run, Statistics, Until, codecs, gru, sessions};
+use tests::fuzzing::runner::{Run, Statistics, Until, codecs, gru, mlx5, sessions};
 
 /// The runs count the process's file descriptors: one at a time.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -50,7 +50,7 @@ fn check(target: &str, statistics: &Statistics) {
 #[test]
 fn test_server_when_sessions_are_hostile_keeps_its_promises() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let statistics = sessions(&run("actions", 6_000, 65)).expect("a server starts");
+    let statistics = sessions(&run("actions", 6_000, 50)).expect("a server starts");
     check("actions", &statistics);
     // A runner whose sessions get nowhere would find nothing either.
     assert!(
@@ -74,6 +74,18 @@ fn test_gru_when_its_bar_is_accessed_in_any_order_has_only_entries_of_the_page_t
     assert!(
         statistics.answers > 20,
         "only {} different ends of instructions",
+        statistics.answers
+    );
+}
+
+#[test]
+fn test_hca_when_its_driver_does_anything_lives_and_is_as_new_after_a_reset() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let statistics = mlx5(&run("mlx5", 600, 15)).expect("an HCA starts");
+    check("mlx5", &statistics);
+    assert!(
+        statistics.answers > 40,
+        "only {} different ends of commands and requests",
         statistics.answers
     );
 }

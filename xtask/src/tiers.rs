@@ -418,7 +418,7 @@ fn fuzz_commands(root: &Path, minutes: u64) -> Vec<(Command, String)> {
         );
         return vec![(command, what)];
     }
-    [("decoder", 5), ("gru", 30), ("actions", 65)]
+    [("decoder", 5), ("gru", 30), ("mlx5", 15), ("actions", 50)]
         .map(|(target, share)| {
             let seconds = (minutes * 60 * share / 100).max(10);
             let found = root.join("target/fuzz/corpus").join(target);

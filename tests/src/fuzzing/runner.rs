@@ -15,6 +15,7 @@ use super::codec;
 use super::gru::GruUnderTest;
 use super::gru_actions::Sequence;
 use super::live::{Live, Violation};
+use super::mlx5::{self, Mlx5UnderTest};
 
 /// When to stop.
 #[derive(Debug, Clone, Copy)]
@@ -118,6 +119,26 @@ pub fn gru(run: &Run) -> Result<Statistics, Violation> {
             device = None;
         }
         result
+    }))
+}
+
+/// Sequences of commands, work requests and doorbells to an HCA.
+///
+/// # Errors
+/// When no HCA can be started at all.
+pub fn mlx5(run: &Run) -> Result<Statistics, Violation> {
+    let mut device = Some(Mlx5UnderTest::start()?);
+    Ok(drive("mlx5", run, 1024, |input| {
+        let Ok(sequence) = mlx5::Sequence::arbitrary(&mut Unstructured::new(input)) else {
+            return Ok(BTreeSet::new());
+        };
+        let under_test = match device.take() {
+            Some(device) => device,
+            None => Mlx5UnderTest::start()?,
+        };
+        let (under_test, seen) = under_test.run(&sequence)?;
+        device = Some(under_test);
+        Ok(seen)
     }))
 }
 
