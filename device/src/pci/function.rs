@@ -399,15 +399,17 @@ impl Function {
 
     /// Config space, bus mastering and interrupt state to their reset values, and the model's.
     fn function_reset(&self) {
-        {
-            let mut config = self.config();
-            let before = (config.bus_master(), config.function_mask());
-            config.reset();
-            // Bus mastering goes off here: what the model still has in flight is drained and refused.
-            self.apply(&config, before);
-        }
+        // Bus mastering goes off first: what the model still has in flight is drained and refused.
+        self.reset_config();
         self.model.reset();
         self.interrupts.reset();
+    }
+
+    fn reset_config(&self) {
+        let mut config = self.config();
+        let before = (config.bus_master(), config.function_mask());
+        config.reset();
+        self.apply(&config, before);
     }
 
     /// DEVICE_RESET. Config space, table and eventfds stay, as with the kernel's VFIO; the model has its
@@ -422,13 +424,14 @@ impl Function {
     /// The client is gone: its memory is unmapped, its eventfds are closed, everything has its reset value.
     /// Afterwards the next client can come.
     pub fn disconnect(&self) {
-        // The model first: one that others ask for its memory would tell them that they may not use it.
+        // The model first: one that others ask for its memory would tell them that they may not use it. (One that waits
+        // for the client's memory would wait for the thread that is here.)
         {
             let _quiet = self.dma.quiet();
             self.model.reset();
         }
         self.dma.unmap_all();
-        self.function_reset();
+        self.reset_config();
         self.interrupts.disconnect();
     }
 }
