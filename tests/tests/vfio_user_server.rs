@@ -2,7 +2,7 @@
 
 mod vfio_user_scratch;
 
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::process::{Command as Process, Stdio};
@@ -271,6 +271,50 @@ fn test_second_client_when_one_is_connected_is_refused_at_once_and_harms_nobody(
 }
 
 #[test]
+fn test_second_client_when_it_sends_version_is_refused_by_that_messages_id() {
+    const EBUSY: i32 = 16;
+    let rig = Rig::start();
+    let mut first = ready(&rig.path);
+    // It says nothing, and others do not wait for it.
+    let silent = Raw::connect(&rig.path);
+    let version = Raw::frame(0x1234, Command::VERSION, b"\0\0\x01\0{\"capabilities\":{}}\0");
+    for cut in [version.len(), 1, 16, 20] {
+        let mut second = Raw::connect(&rig.path);
+        second.stream.write_all(&version[..cut]).unwrap();
+        // While the rest has not come, the first client is served.
+        first.read_register(2, 8);
+        second.stream.write_all(&version[cut..]).unwrap();
+        let (header, body) = second.reply();
+        assert_eq!((header.message_id, header.command), (0x1234, Command::VERSION));
+        assert_eq!(header.flags, MessageFlags::REPLY | MessageFlags::ERROR);
+        assert_eq!((header.error as i32, body.len()), (EBUSY, 0));
+        // The end, and not a reset: everything that it sent was read.
+        assert_eq!(second.stream.read(&mut [0; 64]).unwrap(), 0);
+    }
+    drop(silent);
+    drop(first);
+    enable(&rig.client());
+}
+
+#[test]
+fn test_second_clients_when_they_say_nothing_are_dropped_in_time_and_by_number() {
+    const EBUSY: i32 = 16;
+    let rig = Rig::with(device::server::ServerOptions {
+        client_timeout: Duration::from_secs(2),
+        ..Default::default()
+    });
+    let mut first = ready(&rig.path);
+    // More than are kept.
+    let mut silent: Vec<_> = (0..40).map(|_| Raw::connect(&rig.path)).collect();
+    for client in &mut silent {
+        // Reading gives up after 30 seconds, with a panic.
+        client.expect_error(0, EBUSY);
+        client.expect_closed();
+    }
+    first.read_register(2, 8);
+}
+
+#[test]
 fn test_next_client_when_the_first_is_gone_finds_a_clean_device() {
     let rig = Rig::start();
     for round in 1..=20 {
@@ -360,7 +404,6 @@ fn answer_version(answer: Vec<u8>) -> ConnectError {
     let listener = UnixListener::bind(&path).unwrap();
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            use std::io::{Read, Write};
             let mut stream = listener.accept().unwrap().0;
             stream.write_all(&answer).unwrap();
             let _ = stream.read_to_end(&mut Vec::new());
