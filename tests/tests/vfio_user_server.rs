@@ -10,11 +10,13 @@ use std::time::{Duration, Instant};
 
 use driver::backing::{Backing, DmaProt};
 use driver::vfio_user::{ClientOptions, ConnectError, VfioUserClient};
-use protos::vfio_user::{Command, DmaFlags, DmaMap, Header, MessageFlags};
+use protos::vfio_user::{
+    Command, DmaFlags, DmaMap, Header, MessageFlags, RegionFlags, RegionIndex, RegionInfo,
+};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use vfio_user_scratch::*;
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 fn read64(client: &dyn Backing, bar: usize, offset: u64) -> u64 {
     let mut bytes = [0; 8];
@@ -636,4 +638,41 @@ fn test_dma_maps_when_as_many_as_version_says_refuse_one_more_and_keep_the_other
     map(&mut raw, 8, limit);
     raw.expect_ok(8);
     assert_eq!(fetched(&mut raw), 7);
+}
+
+#[test]
+fn test_client_when_it_takes_no_file_descriptors_gets_none() {
+    let rig = Rig::start();
+    for (fds, expected) in [(0u32, 0usize), (1, 1)] {
+        let mut raw = Raw::connect(&rig.path);
+        let proposal = format!(
+            "\0\0\x01\0{{\"capabilities\":{{\"max_msg_fds\":{fds},\"twin_socket\":{{\"supported\":true}}}}}}\0"
+        );
+        raw.send(1, Command::VERSION, proposal.as_bytes());
+        let (answer, received) = raw.reply_and_fds();
+        assert_eq!(received, expected, "VERSION with {fds}");
+        let json: serde_json::Value = serde_json::from_slice(&answer[4..answer.len() - 1]).unwrap();
+        assert_eq!(json["capabilities"]["twin_socket"].is_null(), fds == 0);
+        for index in [0, 2] {
+            let request = RegionInfo {
+                argsz: 256,
+                flags: RegionFlags::default(),
+                index: RegionIndex(index),
+                cap_offset: 0,
+                size: 0,
+                offset: 0,
+            };
+            raw.send(2, Command::DEVICE_GET_REGION_INFO, request.as_bytes());
+            let (answer, received) = raw.reply_and_fds();
+            assert_eq!(received, expected, "region {index} with {fds}");
+            let (info, rest) = RegionInfo::read_from_prefix(&answer).unwrap();
+            assert_eq!(info.flags.contains(RegionFlags::MMAP), fds > 0);
+            if fds == 0 {
+                assert!(!info.flags.contains(RegionFlags::CAPS) && rest.is_empty());
+                assert!(info.flags.contains(RegionFlags::READ | RegionFlags::WRITE));
+            }
+        }
+        switch_on(&mut raw);
+        raw.read_register(3, 8);
+    }
 }
