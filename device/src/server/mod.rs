@@ -67,8 +67,8 @@ pub enum ErrorReplies {
 pub struct ServerOptions {
     /// Most data bytes in one message (`max_data_xfer_size`).
     pub max_data_xfer_size: u32,
-    /// How long a new client may take to send VERSION, a client to send the rest of a message that it has
-    /// begun, and a client to take an answer. Then it is disconnected: it would keep others out.
+    /// How long a new client may take until VERSION is agreed on, a client to send all the rest of a message
+    /// that it has begun, and a client to take an answer (each part of it). Then it is disconnected: it would keep others out.
     pub client_timeout: Duration,
     /// How long the connection's thread asks for the next message again and again before it sleeps. Zero =
     /// never. Saves the wake-up, costs a processor while the client is quiet for less than this.
