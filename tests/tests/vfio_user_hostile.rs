@@ -266,6 +266,52 @@ fn test_client_when_it_stalls_is_disconnected_and_the_next_one_served() {
     );
 }
 
+/// Send `frame` in pieces of `piece` bytes, each well within the limit, until the server hangs up. Panics when
+/// it takes them all.
+fn drip(raw: &mut Raw, frame: &[u8], piece: usize) {
+    for bytes in frame.chunks(piece) {
+        if raw.stream.write_all(bytes).is_err() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    panic!("{} bytes were taken in pieces of {piece}", frame.len());
+}
+
+#[test]
+fn test_client_when_it_never_agrees_on_version_is_disconnected_whatever_it_sends() {
+    let rig = Rig::with(ServerOptions {
+        client_timeout: Duration::from_millis(500),
+        ..ServerOptions::default()
+    });
+    let early = Raw::frame(7, Command::DEVICE_RESET, &[]);
+    // One command, which is refused, then silence.
+    let mut raw = Raw::connect(&rig.path);
+    raw.stream.write_all(&early).unwrap();
+    raw.expect_error(7, EINVAL);
+    raw.expect_closed();
+    // One after the other.
+    let mut raw = Raw::connect(&rig.path);
+    drip(&mut raw, &early.repeat(1500), early.len());
+    rig.client();
+}
+
+#[test]
+fn test_message_when_it_drips_is_not_waited_for_longer_than_the_limit() {
+    let rig = Rig::with(ServerOptions {
+        client_timeout: Duration::from_millis(500),
+        ..ServerOptions::default()
+    });
+    let frame = Raw::frame(3, Command::REGION_WRITE, &access(0, 2, 1500, &[1; 1500]));
+    let mut raw = ready(&rig.path);
+    drip(&mut raw, &frame, 1);
+    let mut bytes = [0; 1];
+    let client = rig.client();
+    enable(&client);
+    driver::backing::Backing::read(&client, 2, 0, &mut bytes).unwrap();
+    assert_eq!(bytes, [0], "a part of it was written");
+}
+
 #[test]
 fn test_fds_when_too_many_or_unwanted_are_refused_and_closed() {
     let rig = Rig::start();
@@ -542,7 +588,9 @@ fn still_held(rig: &Rig, by: &Raw) {
         Ok(0),
         "not hung up yet"
     );
-    Raw::connect(&rig.path).expect_error(0, 16);
+    let mut second = Raw::connect(&rig.path);
+    second.send(0, Command::VERSION, b"\0\0\x01\0");
+    second.expect_error(0, 16);
 }
 
 #[test]

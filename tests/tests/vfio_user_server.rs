@@ -2,7 +2,7 @@
 
 mod vfio_user_scratch;
 
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::process::{Command as Process, Stdio};
@@ -10,11 +10,13 @@ use std::time::{Duration, Instant};
 
 use driver::backing::{Backing, DmaProt};
 use driver::vfio_user::{ClientOptions, ConnectError, VfioUserClient};
-use protos::vfio_user::{Command, DmaFlags, DmaMap, Header, MessageFlags};
+use protos::vfio_user::{
+    Command, DmaFlags, DmaMap, Header, MessageFlags, RegionFlags, RegionIndex, RegionInfo,
+};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use vfio_user_scratch::*;
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 fn read64(client: &dyn Backing, bar: usize, offset: u64) -> u64 {
     let mut bytes = [0; 8];
@@ -271,6 +273,50 @@ fn test_second_client_when_one_is_connected_is_refused_at_once_and_harms_nobody(
 }
 
 #[test]
+fn test_second_client_when_it_sends_version_is_refused_by_that_messages_id() {
+    const EBUSY: i32 = 16;
+    let rig = Rig::start();
+    let mut first = ready(&rig.path);
+    // It says nothing, and others do not wait for it.
+    let silent = Raw::connect(&rig.path);
+    let version = Raw::frame(0x1234, Command::VERSION, b"\0\0\x01\0{\"capabilities\":{}}\0");
+    for cut in [version.len(), 1, 16, 20] {
+        let mut second = Raw::connect(&rig.path);
+        second.stream.write_all(&version[..cut]).unwrap();
+        // While the rest has not come, the first client is served.
+        first.read_register(2, 8);
+        second.stream.write_all(&version[cut..]).unwrap();
+        let (header, body) = second.reply();
+        assert_eq!((header.message_id, header.command), (0x1234, Command::VERSION));
+        assert_eq!(header.flags, MessageFlags::REPLY | MessageFlags::ERROR);
+        assert_eq!((header.error as i32, body.len()), (EBUSY, 0));
+        // The end, and not a reset: everything that it sent was read.
+        assert_eq!(second.stream.read(&mut [0; 64]).unwrap(), 0);
+    }
+    drop(silent);
+    drop(first);
+    enable(&rig.client());
+}
+
+#[test]
+fn test_second_clients_when_they_say_nothing_are_dropped_in_time_and_by_number() {
+    const EBUSY: i32 = 16;
+    let rig = Rig::with(device::server::ServerOptions {
+        client_timeout: Duration::from_secs(2),
+        ..Default::default()
+    });
+    let mut first = ready(&rig.path);
+    // More than are kept.
+    let mut silent: Vec<_> = (0..40).map(|_| Raw::connect(&rig.path)).collect();
+    for client in &mut silent {
+        // Reading gives up after 30 seconds, with a panic.
+        client.expect_error(0, EBUSY);
+        client.expect_closed();
+    }
+    first.read_register(2, 8);
+}
+
+#[test]
 fn test_next_client_when_the_first_is_gone_finds_a_clean_device() {
     let rig = Rig::start();
     for round in 1..=20 {
@@ -360,7 +406,6 @@ fn answer_version(answer: Vec<u8>) -> ConnectError {
     let listener = UnixListener::bind(&path).unwrap();
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            use std::io::{Read, Write};
             let mut stream = listener.accept().unwrap().0;
             stream.write_all(&answer).unwrap();
             let _ = stream.read_to_end(&mut Vec::new());
@@ -593,4 +638,41 @@ fn test_dma_maps_when_as_many_as_version_says_refuse_one_more_and_keep_the_other
     map(&mut raw, 8, limit);
     raw.expect_ok(8);
     assert_eq!(fetched(&mut raw), 7);
+}
+
+#[test]
+fn test_client_when_it_takes_no_file_descriptors_gets_none() {
+    let rig = Rig::start();
+    for (fds, expected) in [(0u32, 0usize), (1, 1)] {
+        let mut raw = Raw::connect(&rig.path);
+        let proposal = format!(
+            "\0\0\x01\0{{\"capabilities\":{{\"max_msg_fds\":{fds},\"twin_socket\":{{\"supported\":true}}}}}}\0"
+        );
+        raw.send(1, Command::VERSION, proposal.as_bytes());
+        let (answer, received) = raw.reply_and_fds();
+        assert_eq!(received, expected, "VERSION with {fds}");
+        let json: serde_json::Value = serde_json::from_slice(&answer[4..answer.len() - 1]).unwrap();
+        assert_eq!(json["capabilities"]["twin_socket"].is_null(), fds == 0);
+        for index in [0, 2] {
+            let request = RegionInfo {
+                argsz: 256,
+                flags: RegionFlags::default(),
+                index: RegionIndex(index),
+                cap_offset: 0,
+                size: 0,
+                offset: 0,
+            };
+            raw.send(2, Command::DEVICE_GET_REGION_INFO, request.as_bytes());
+            let (answer, received) = raw.reply_and_fds();
+            assert_eq!(received, expected, "region {index} with {fds}");
+            let (info, rest) = RegionInfo::read_from_prefix(&answer).unwrap();
+            assert_eq!(info.flags.contains(RegionFlags::MMAP), fds > 0);
+            if fds == 0 {
+                assert!(!info.flags.contains(RegionFlags::CAPS) && rest.is_empty());
+                assert!(info.flags.contains(RegionFlags::READ | RegionFlags::WRITE));
+            }
+        }
+        switch_on(&mut raw);
+        raw.read_register(3, 8);
+    }
 }

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use protos::vfio_user::{
     Capabilities, Command, DmaUnmap, Header, IrqInfo, MessageType, RegionAccess, RegionWriteOne,
@@ -100,11 +101,14 @@ impl<'f> Connection<'f> {
         if let Err(errno) = set_socket_timeout(&**self.out.socket(), Timeout::Send, Some(timeout)) {
             return Ended::Socket(errno);
         }
-        if let Err(ended) = frame::wait_readable(self.out.socket(), timeout, "send VERSION") {
-            return ended;
-        }
+        let version_by = frame::deadline(timeout);
         loop {
-            if let Err(ended) = self.one_message() {
+            // A command that comes too early is refused, and gives no more time.
+            let awaited = match self.session.negotiated {
+                None => self.await_version(version_by),
+                Some(_) => Ok(()),
+            };
+            if let Err(ended) = awaited.and_then(|()| self.one_message()) {
                 // A stop shuts the socket down, which looks as if the client had closed it.
                 return if self.stopping.load(Ordering::SeqCst) {
                     Ended::Stopped
@@ -115,6 +119,19 @@ impl<'f> Connection<'f> {
             if self.stopping.load(Ordering::Relaxed) {
                 return Ended::Stopped;
             }
+        }
+    }
+
+    /// Wait for the next message, while VERSION has not been agreed on.
+    #[cold]
+    fn await_version(&self, until: Instant) -> Result<(), Ended> {
+        const WHAT: &str = "agree on VERSION";
+        if !self.receiver.has_begun() {
+            frame::wait_readable(self.out.socket(), until, WHAT)
+        } else if Instant::now() < until {
+            Ok(())
+        } else {
+            Err(Ended::Timeout(WHAT))
         }
     }
 

@@ -245,13 +245,15 @@ impl<'f> Session<'f> {
         if version.major != VERSION_MAJOR {
             return Err(Refusal::Version(version.major, version.minor));
         }
+        let theirs = data.capabilities.clone().unwrap_or_default();
         let ours = Capabilities {
             max_msg_fds: Some(MAX_FDS as u32),
             max_data_xfer_size: Some(self.options.max_data_xfer_size),
             pgsizes: Some(rustix::param::page_size() as u64),
             max_dma_maps: Some(MAX_MAPPINGS as u32),
             write_multiple: Some(true),
-            twin_socket: Some(TwinSocket {
+            // Its file descriptor comes with the reply.
+            twin_socket: (theirs.max_msg_fds() > 0).then_some(TwinSocket {
                 supported: true,
                 fd_index: Some(0),
             }),
@@ -274,7 +276,6 @@ impl<'f> Session<'f> {
             limit,
             &mut reply.0,
         );
-        let theirs = data.capabilities.unwrap_or_default();
         tracing::debug!(?version, ?theirs, "version agreed on");
         let agreed = sent.capabilities.unwrap_or_default();
         let reply_fds = match agreed.twin_socket {
@@ -305,6 +306,11 @@ impl<'f> Session<'f> {
         Ok(())
     }
 
+    /// File descriptors that the client takes in one message.
+    fn client_fds(&self) -> usize {
+        self.negotiated.as_ref().map_or(1, Capabilities::max_msg_fds) as usize
+    }
+
     fn region_info(&self, body: &[u8], reply: &mut ReplyBuffer) -> Result<ReplyFds<'f>, Refusal> {
         let request: RegionInfo = exactly(body)?;
         check_argsz(request.argsz, RegionInfo::SIZE)?;
@@ -324,7 +330,9 @@ impl<'f> Session<'f> {
         if region.size > 0 {
             info.flags |= RegionFlags::READ | RegionFlags::WRITE;
         }
-        let Some(mmap) = region.mmap.filter(|mmap| !mmap.areas.is_empty()) else {
+        // What cannot be handed over cannot be mapped.
+        let takes_fds = self.client_fds() > 0;
+        let Some(mmap) = region.mmap.filter(|mmap| takes_fds && !mmap.areas.is_empty()) else {
             reply.put(&info);
             return Ok(ReplyFds::None);
         };
@@ -359,8 +367,7 @@ impl<'f> Session<'f> {
             index: index.0,
         })?;
         let mut list = self.function.io_eventfds(index);
-        let client_fds = self.negotiated.as_ref().map_or(1, Capabilities::max_msg_fds);
-        list.truncate(MAX_FDS.min(client_fds as usize));
+        list.truncate(MAX_FDS.min(self.client_fds()));
         let full = IoFdsInfo::SIZE + list.len() * IoFd::SIZE;
         reply.put(&IoFdsInfo {
             argsz: full as u32,

@@ -89,16 +89,23 @@ impl Fds {
     }
 }
 
-/// Wait until `socket` is readable.
-pub(super) fn wait_readable(socket: &OwnedFd, timeout: Duration, what: &'static str) -> Result<(), Ended> {
-    let timeout = Timespec::try_from(timeout).unwrap_or(Timespec {
-        tv_sec: i64::from(i32::MAX),
-        tv_nsec: 0,
-    });
+/// When `timeout` from now is over.
+pub(super) fn deadline(timeout: Duration) -> Instant {
+    // Any clock can add an hour.
+    Instant::now() + timeout.min(Duration::from_secs(3600))
+}
+
+/// Wait until `socket` is readable. Nothing is waited for when `until` has passed, readable or not: a client
+/// that always has a byte more is no better than a silent one.
+#[cold]
+pub(super) fn wait_readable(socket: &OwnedFd, until: Instant, what: &'static str) -> Result<(), Ended> {
     loop {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(Ended::Timeout(what));
+        }
         let mut fds = [PollFd::new(socket, PollFlags::IN)];
-        // A signal starts the time anew: signals are rare, and the limit is a protection, not a promise.
-        match poll(&mut fds, Some(&timeout)) {
+        match poll(&mut fds, Timespec::try_from(left).ok().as_ref()) {
             Ok(0) => return Err(Ended::Timeout(what)),
             Ok(_) => return Ok(()),
             Err(Errno::INTR) => {}
@@ -139,6 +146,9 @@ pub(super) struct Receiver {
     expected: usize,
     /// File descriptors that came with a message after the current one, which starts so far behind `start`.
     ahead: Option<(usize, Fds)>,
+    /// When the message being looked at has to be complete. Set when it is found to come in parts: most come
+    /// whole, and need no clock.
+    deadline: Option<Instant>,
     /// How long to ask again and again before waiting; see [`super::ServerOptions::busy_poll`].
     busy_poll: Duration,
 }
@@ -152,12 +162,13 @@ impl Receiver {
             current: 0,
             expected: FIRST_READ,
             ahead: None,
+            deadline: None,
             busy_poll,
         }
     }
 
     /// The next message's header; `fds` become the file descriptors that have come with the message so far.
-    /// Waits for ever for the first byte; `timeout` is for the rest.
+    /// Waits for ever for the first byte; `timeout` is for all the rest, however many parts it comes in.
     #[inline(always)]
     pub(super) fn next(
         &mut self,
@@ -170,6 +181,7 @@ impl Receiver {
         self.start += used;
         self.filled -= used;
         self.current = 0;
+        self.deadline = None;
         match self.ahead.take() {
             Some((at, theirs)) if at == used => *fds = theirs,
             Some((at, theirs)) => self.ahead = Some((at - used, theirs)),
@@ -259,7 +271,10 @@ impl Receiver {
                     std::hint::spin_loop();
                     spin_until = spin_until.filter(|end| Instant::now() < *end);
                 }
-                Err(Errno::AGAIN) => wait_readable(socket, timeout, what)?,
+                Err(Errno::AGAIN) => {
+                    let until = *self.deadline.get_or_insert_with(|| deadline(timeout));
+                    wait_readable(socket, until, what)?;
+                }
                 Err(Errno::CONNRESET) if idle => return Err(Ended::Closed),
                 Err(errno) => return Err(Ended::Socket(errno)),
             }
@@ -566,5 +581,35 @@ mod tests {
         receiver.next(&here, &mut fds, short).unwrap();
         let ended = receiver.body(&here, 16, &mut fds, short).unwrap_err();
         assert!(matches!(ended, Ended::Timeout(_)), "{ended}");
+    }
+
+    #[test]
+    fn test_receive_when_a_byte_comes_now_and_then_ends_in_time() {
+        let (here, there) = pair();
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // Each byte well within the limit, all of them far over it. Ends when the other end does.
+                for byte in Header::command(0, Command::REGION_WRITE, 1 << 16, MessageFlags::COMMAND)
+                    .as_bytes()
+                    .iter()
+                    .chain(std::iter::repeat_n(&0, 1 << 16))
+                {
+                    if stop.load(std::sync::atomic::Ordering::Relaxed) {
+                        return;
+                    }
+                    send_with(&there, &[*byte], 0);
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            });
+            let (mut receiver, mut fds) = (Receiver::new(Duration::ZERO), Fds::default());
+            let limit = Duration::from_millis(500);
+            let ended = match receiver.next(&here, &mut fds, limit) {
+                Ok(_) => receiver.body(&here, 1 << 16, &mut fds, limit).map(|_| ()),
+                Err(ended) => Err(ended),
+            };
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert!(matches!(ended, Err(Ended::Timeout(_))), "{ended:?}");
+        });
     }
 }

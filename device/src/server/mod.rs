@@ -1,7 +1,7 @@
 //! The vfio-user server: a unix stream socket, one client at a time.
 //!
 //! [`Server::run`] accepts on the caller's thread; each connection has a thread of its own, which reads a
-//! message, answers it and reads the next. A second client is refused at once (VERSION is answered with
+//! message, answers it and reads the next. A second client is refused at once (its VERSION is answered with
 //! EBUSY), so it never waits for a first one that is merely idle; when the first one has hung up, the
 //! second waits until everything of the first has been cleaned up.
 //!
@@ -26,6 +26,7 @@ mod irqs;
 mod listener;
 mod mask_events;
 mod peer;
+mod refused;
 mod requests;
 mod twin;
 
@@ -37,18 +38,16 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, TryLockError};
 use std::thread::{Scope, ScopedJoinHandle};
-use std::time::Duration;
-
-use protos::vfio_user::{Command, Header, MessageFlags};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::io::Errno;
-use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
-use zerocopy::IntoBytes;
+use std::time::{Duration, Instant};
 
 use crate::pci::Function;
 use connection::Connection;
 use listener::Listener;
 use peer::Peer;
+use refused::RefusedClients;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
 
 /// How long an error's reply is, for the commands whose replies Cloud Hypervisor reads at full size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -68,8 +67,8 @@ pub enum ErrorReplies {
 pub struct ServerOptions {
     /// Most data bytes in one message (`max_data_xfer_size`).
     pub max_data_xfer_size: u32,
-    /// How long a new client may take to send VERSION, a client to send the rest of a message that it has
-    /// begun, and a client to take an answer. Then it is disconnected: it would keep others out.
+    /// How long a new client may take until VERSION is agreed on, a client to send all the rest of a message
+    /// that it has begun, and a client to take an answer (each part of it). Then it is disconnected: it would keep others out.
     pub client_timeout: Duration,
     /// How long the connection's thread asks for the next message again and again before it sleeps. Zero =
     /// never. Saves the wake-up, costs a processor while the client is quiet for less than this.
@@ -100,6 +99,9 @@ pub struct Server {
     options: ServerOptions,
     running: Mutex<()>,
 }
+
+/// How long to wait for file descriptors before a client is accepted after all.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// Whether clients are taken from the listen queue.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -205,28 +207,31 @@ impl Server {
         active: &mut Option<Active<'scope>>,
     ) -> io::Result<()> {
         let mut accepting = Accepting::Yes;
+        let mut refused = RefusedClients::new(self.options.client_timeout);
         loop {
-            let mut fds = [
-                PollFd::new(stop, PollFlags::IN),
-                PollFd::new(done, PollFlags::IN),
-                PollFd::new(self.listener.fd(), PollFlags::IN),
-            ];
-            let watched = if accepting == Accepting::Yes { 3 } else { 2 };
-            let retry = Timespec {
-                tv_sec: 0,
-                tv_nsec: 100_000_000,
-            };
-            let timeout = (accepting == Accepting::AfterFdsAreFree).then_some(&retry);
-            match poll(&mut fds[..watched], timeout) {
+            let mut fds = vec![PollFd::new(stop, PollFlags::IN), PollFd::new(done, PollFlags::IN)];
+            fds.extend(refused.poll_fds());
+            if accepting == Accepting::Yes {
+                fds.push(PollFd::new(self.listener.fd(), PollFlags::IN));
+            }
+            let retry = (accepting == Accepting::AfterFdsAreFree).then_some(RETRY);
+            let deadline = refused.next_deadline();
+            let patience = deadline.map(|until| until.saturating_duration_since(Instant::now()));
+            let timeout = [retry, patience].into_iter().flatten().min();
+            let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+            match poll(&mut fds, timeout.as_ref()) {
                 Err(Errno::INTR) => continue,
                 result => result?,
             };
-            let ready = fds.each_ref().map(|fd| !fd.revents().is_empty());
-            if ready[0] {
+            let ready = |fd: &PollFd<'_>| !fd.revents().is_empty();
+            let (stopped, ended) = (ready(&fds[0]), ready(&fds[1]));
+            let asked = accepting == Accepting::Yes && fds.last().is_some_and(ready);
+            if stopped {
                 tracing::info!(socket = %self.path().display(), "stopping");
                 return Ok(());
             }
-            if ready[1] {
+            refused.serve();
+            if ended {
                 let _ = rustix::io::read(done, &mut [0; 8]);
                 if let Some(ended) = active.take() {
                     ended.join();
@@ -237,7 +242,7 @@ impl Server {
             if accepting == Accepting::AfterFdsAreFree {
                 accepting = Accepting::Yes;
             }
-            if !ready[2] {
+            if !asked {
                 continue;
             }
             if active.as_ref().is_some_and(Active::hung_up) {
@@ -249,6 +254,7 @@ impl Server {
                 Err(Errno::INTR | Errno::AGAIN | Errno::CONNABORTED) => continue,
                 Err(errno @ (Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)) => {
                     tracing::warn!(%errno, "a client cannot be accepted; trying again");
+                    refused.clear();
                     accepting = Accepting::AfterFdsAreFree;
                     continue;
                 }
@@ -256,7 +262,10 @@ impl Server {
             };
             let peer = Peer::of(&socket);
             match active {
-                Some(active) => refuse(&socket, peer, active.peer),
+                Some(active) => {
+                    tracing::warn!(%peer, holder = %active.peer, "client refused: another one is connected");
+                    refused.add(socket);
+                }
                 None => *active = Some(self.serve(scope, socket, peer, done, stopping)?),
             }
         }
@@ -292,13 +301,4 @@ impl Drop for NotifyDone<'_> {
     fn drop(&mut self) {
         let _ = rustix::io::write(self.0, &1u64.to_ne_bytes());
     }
-}
-
-/// Tell a second client that it is one too many. Its VERSION may not have arrived yet, so the answer is
-/// written unasked, for message id 0, which is what clients start with.
-fn refuse(socket: &OwnedFd, peer: Peer, holder: Peer) {
-    tracing::warn!(%peer, %holder, "client refused: another one is connected");
-    let version = Header::command(0, Command::VERSION, 0, MessageFlags::COMMAND);
-    let busy = version.error_reply(Errno::BUSY.raw_os_error() as u32);
-    let _ = frame::send_message(socket, busy.as_bytes(), &[]);
 }

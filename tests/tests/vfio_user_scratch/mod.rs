@@ -2,7 +2,7 @@
 #![allow(dead_code)] // Each test file uses its part.
 
 use std::convert::Infallible;
-use std::io::{IoSlice, Read, Write};
+use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -19,7 +19,10 @@ use protos::vfio_user::{
 };
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
 use zerocopy::{FromBytes, IntoBytes};
 
 pub const REGISTERS: u64 = 16;
@@ -430,6 +433,28 @@ impl Raw {
         let mut payload = vec![0; header.message_size as usize - 16];
         self.stream.read_exact(&mut payload).unwrap();
         (header, payload)
+    }
+
+    /// The payload of the next reply, and how many file descriptors came with it.
+    pub fn reply_and_fds(&mut self) -> (Vec<u8>, usize) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        // File descriptors come with a message's first byte.
+        let mut head = [0; 16];
+        let mut to = [IoSliceMut::new(&mut head[..1])];
+        let received = recvmsg(&self.stream, &mut to, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
+        assert_eq!(received.bytes, 1);
+        let fds = control.drain().map(|message| match message {
+            RecvAncillaryMessage::ScmRights(list) => list.count(),
+            _ => 0,
+        });
+        let fds = fds.sum();
+        self.stream.read_exact(&mut head[1..]).unwrap();
+        let header = Header::read_from_bytes(&head).unwrap();
+        assert_eq!((header.flags, header.error), (MessageFlags::REPLY, 0));
+        let mut payload = vec![0; header.message_size as usize - 16];
+        self.stream.read_exact(&mut payload).unwrap();
+        (payload, fds)
     }
 
     /// The next reply is this error for that message.
