@@ -33,6 +33,19 @@ pub struct BenchResult {
     pub cpus: usize,
 }
 
+/// What each further MiB costs, and between which lengths that was measured.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Slope {
+    /// Registration mode.
+    pub uffd_mode: UffdMode,
+    /// Beyond munmap itself.
+    pub slope_ns_per_mib: f64,
+    /// The smallest range.
+    pub from_bytes: u64,
+    /// The largest one.
+    pub to_bytes: u64,
+}
+
 /// A placement without rows.
 #[derive(Debug, Clone, Serialize)]
 pub struct Absent {
@@ -85,7 +98,7 @@ impl BenchResult {
     /// What each further MiB of the range costs beyond munmap itself, by mode: between the smallest range and
     /// the largest one up to 64 MiB of the case without live translations. (Beyond that the agent may leave
     /// a range to the event path instead of unregistering it.)
-    pub fn slopes(&self) -> Vec<(UffdMode, f64)> {
+    pub fn slopes(&self) -> Vec<Slope> {
         [UffdMode::Wp, UffdMode::Missing]
             .into_iter()
             .filter_map(|mode| {
@@ -99,7 +112,12 @@ impl BenchResult {
                 let large = rows.iter().max_by_key(|r| r.size_bytes)?;
                 let mib = (large.size_bytes - small.size_bytes) as f64 / f64::from(1 << 20);
                 let more = large.paired.difference_ns.median - small.paired.difference_ns.median;
-                (mib > 0.0).then_some((mode, more / mib))
+                (mib > 0.0).then_some(Slope {
+                    uffd_mode: mode,
+                    slope_ns_per_mib: more / mib,
+                    from_bytes: small.size_bytes,
+                    to_bytes: large.size_bytes,
+                })
             })
             .collect()
     }
@@ -124,11 +142,6 @@ impl BenchResult {
 
     /// One object, keys in snake_case with units.
     pub fn json(&self) -> Value {
-        let slopes: Vec<Value> = self
-            .slopes()
-            .into_iter()
-            .map(|(mode, slope)| json!({"uffd_mode": mode, "slope_ns_per_mib": slope}))
-            .collect();
         let hosts = Value::Array(self.host.clone());
         json!({
             "benchmark": "invalidate",
@@ -138,7 +151,7 @@ impl BenchResult {
             "elapsed_ms": self.elapsed_ms,
             "rows": self.rows,
             "absent": self.absent,
-            "slopes": slopes,
+            "slopes": self.slopes(),
             "targets": judge(self),
             "nonsleeping_voluntary_context_switches": total(&hosts, "voluntary_context_switches"),
             "nonsleeping_allocations": total(&hosts, "allocations"),
@@ -222,10 +235,13 @@ impl BenchResult {
                 human(part["max_ns"].as_u64().unwrap_or(0))
             ));
         }
-        for (mode, slope) in self.slopes() {
+        for slope in self.slopes() {
             line(format!(
-                "registration mode {}: {slope:.0} ns for each MiB more of the range (nothing cached)",
-                mode_name(mode)
+                "registration mode {}: {:.0} ns for each MiB more of the range, {} to {} (nothing cached)",
+                mode_name(slope.uffd_mode),
+                slope.slope_ns_per_mib,
+                size(slope.from_bytes),
+                size(slope.to_bytes)
             ));
         }
         for target in judge(self) {

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cases::{Case, PLACED_SIZES};
 use super::placement::Placement;
-use super::report::{Absent, BenchResult, size};
+use super::report::{Absent, BenchResult, Slope, size};
 use super::subject::{Row, Wakes};
 
 /// Verdict on a target.
@@ -84,7 +84,7 @@ pub fn judge(result: &BenchResult) -> Vec<Target> {
                 ratio_or_slope(
                     cell(Case::AgentSilent, size),
                     RANGE_RATIO,
-                    slopes.iter().find(|(of, _)| *of == mode).map(|(_, slope)| *slope),
+                    slopes.iter().find(|slope| slope.uffd_mode == mode),
                 ),
             );
         }
@@ -161,7 +161,8 @@ fn against_wakes(wakes: Wakes) -> (Status, String) {
     )
 }
 
-fn ratio_or_slope(row: Option<&Row>, limit: f64, slope: Option<f64>) -> (Status, String) {
+/// A slope speaks for the lengths between which it was measured, no others.
+fn ratio_or_slope(row: Option<&Row>, limit: f64, slope: Option<&Slope>) -> (Status, String) {
     let Some(row) = row else {
         return (Status::NotApplicable, "not measured in this run".into());
     };
@@ -169,13 +170,16 @@ fn ratio_or_slope(row: Option<&Row>, limit: f64, slope: Option<f64>) -> (Status,
     let reason = format!("{:.2} times [{:.2}, {:.2}]", r.median, r.low, r.high);
     match slope {
         _ if r.low <= limit => (Status::Met, reason),
-        Some(slope) => (
-            Status::Met,
-            format!(
-                "{reason}; the registration mode's slope: {:.1} us for each MiB",
-                slope / 1000.0
-            ),
-        ),
+        Some(slope) => {
+            let measured = (slope.from_bytes..=slope.to_bytes).contains(&row.size_bytes);
+            let reason = format!(
+                "{reason}; the registration mode's slope: {:.1} us for each MiB, measured from {} to {}",
+                slope.slope_ns_per_mib / 1000.0,
+                size(slope.from_bytes),
+                size(slope.to_bytes)
+            );
+            (if measured { Status::Met } else { Status::NotMet }, reason)
+        }
         None => (Status::NotMet, reason),
     }
 }
@@ -244,6 +248,22 @@ mod tests {
         let target = &judge(&both)[2];
         assert_eq!(target.status, Status::Met);
         assert!(target.reason.contains("6.2 us for each MiB"), "{target:?}");
+    }
+
+    #[test]
+    fn test_targets_when_the_slope_was_measured_to_less_are_not_met_by_it() {
+        let with = |subject| {
+            let rows = vec![
+                row(Case::AgentSilent, 4096, 2000, 4000),
+                row(Case::AgentSilent, 64 << 20, 1_000_000, 1_400_000),
+                row(Case::AgentSilent, 1 << 30, 10_000_000, subject),
+            ];
+            judge(&result(rows, 2))
+        };
+        let dear = with(14_000_000);
+        assert_eq!((dear[2].status, dear[3].status), (Status::Met, Status::NotMet));
+        assert!(dear[3].reason.contains("from 4 KiB to 64 MiB"), "{:?}", dear[3]);
+        assert_eq!(with(10_500_000)[3].status, Status::Met, "by its own ratio");
     }
 
     #[test]

@@ -72,6 +72,13 @@ const STEPS: &[Step] = &[
         },
     },
     Step {
+        // Apart from "unit": cargo does not run --doc with other targets.
+        name: "doc-tests",
+        what: "the examples in documentation, and those that must not compile",
+        limit: Duration::from_secs(15 * 60),
+        command: |_| cargo(&["test", "--workspace", "--exclude", "tlbridge-tests", "--doc"]),
+    },
+    Step {
         name: "model-checking",
         what: "loom on the device TLB's protocol",
         limit: Duration::from_secs(15 * 60),

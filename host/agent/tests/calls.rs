@@ -494,6 +494,48 @@ fn test_segments_when_attached_and_detached_are_covered() {
 }
 
 #[test]
+fn test_brk_when_it_cuts_off_a_cached_page_purges_what_it_cuts() {
+    let Some(_one) = one_at_a_time() else { return };
+    let mock = Mock::start(Options::default());
+    let agent = mock.attach();
+    // Threads other than the first allocate elsewhere, and the first one waits for this test.
+    // SAFETY: asks.
+    let before = unsafe { agent.brk(0) }.unwrap().value;
+    let start = before.next_multiple_of(PAGE);
+    let (kept, end) = (start + PAGE, start + 4 * PAGE);
+    // SAFETY: grows.
+    let grown = unsafe { agent.brk(end) }.unwrap();
+    assert_eq!(grown.value, end);
+    // SAFETY: the page below the new break, which is nobody else's.
+    unsafe { ((end - PAGE) as *mut u64).write_volatile(7) };
+    mock.count(end - PAGE);
+    let earlier = hops(&mock.seen());
+    // SAFETY: cuts off what was added above.
+    let shrunk = unsafe { agent.brk(kept) }.unwrap();
+    assert_eq!(shrunk.value, kept);
+    assert!(shrunk.generation > grown.generation);
+    assert!(is_mapped(start) && !is_mapped(end - PAGE));
+    let (range, generation) = ((kept as u64, end as u64), shrunk.generation);
+    // Taken and answered before the call returned.
+    let seen = mock.seen();
+    assert_eq!(hops(&seen), earlier + 1, "{seen:?}");
+    assert!(
+        seen.contains(&Seen::Start {
+            range,
+            generation,
+            event: slot_event::UNMAP
+        }),
+        "{seen:?}"
+    );
+    mock.wait_until("END", |seen| seen.contains(&Seen::End { range, generation }));
+    mock.wait_slots_free();
+    mock.assert_idle();
+    // SAFETY: cuts off the last page that was added, of which nothing is cached.
+    assert_eq!(unsafe { agent.brk(before) }.unwrap().value, before);
+    agent.detach().unwrap();
+}
+
+#[test]
 fn test_munmap_when_no_address_space_reaches_that_far_tells_nobody() {
     let Some(_one) = one_at_a_time() else { return };
     let mock = Mock::start(Options::default());

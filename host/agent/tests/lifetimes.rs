@@ -114,9 +114,28 @@ fn test_detach_when_a_call_is_inside_waits_for_it() {
     mock.set_gate(true);
 }
 
+/// Where this process has mapped the memory file `name`.
+fn mapped(name: &str) -> Vec<usize> {
+    let file = format!("/memfd:{name} ");
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    maps.lines()
+        .filter(|line| line.contains(&file))
+        .map(|line| usize::from_str_radix(line.split_once('-').unwrap().0, 16).unwrap())
+        .collect()
+}
+
+/// Without malloc, for a child.
+fn is_mapped(at: usize) -> bool {
+    let mut vec = 0u8;
+    // SAFETY: mincore of one page into one byte.
+    unsafe { libc::mincore(at as *mut libc::c_void, PAGE, &raw mut vec) == 0 }
+}
+
 #[test]
 fn test_child_when_forked_is_detached_and_its_calls_are_plain() {
     let Some(_one) = one_at_a_time() else { return };
+    // Tables of mocks of before, which stay.
+    let earlier = mapped("table");
     let mock = Mock::start(Options::default());
     let agent = mock.attach();
     let memory = agent.memory(2 * PAGE as u64, "fork").unwrap();
@@ -134,10 +153,30 @@ fn test_child_when_forked_is_detached_and_its_calls_are_plain() {
     };
     // One of the agent, one of the mock.
     assert_eq!(descriptors(), 2);
+    // Maps the context's pages.
+    let context = agent
+        .create_context(&ContextOptions {
+            cbs: 2,
+            ds_bytes: 1024,
+            fault_mode: FaultMode::Interrupt,
+        })
+        .unwrap();
+    let of_mock = std::ptr::from_ref(mock.inner().table).addr();
+    let ours = |at: &usize| *at != of_mock && !earlier.contains(at);
+    let mailbox: Vec<_> = mapped("table").into_iter().filter(ours).collect();
+    assert_eq!(mailbox.len(), 1);
+    let (gseg, status) = (mapped("bar2"), mapped("bar0"));
+    assert!(!gseg.is_empty() && !status.is_empty());
+    let device = [mailbox, gseg, status].concat();
+    assert!(is_mapped(of_mock));
+    assert!(device.iter().all(|at| is_mapped(*at)));
     // SAFETY: the child uses malloc, which glibc keeps usable in a child, and ends by _exit.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        let ok = agent::current().is_none()
+        // First of all, before anything else can be mapped there. The mock's own table is inherited.
+        let ok = device.iter().all(|at| !is_mapped(*at))
+            && is_mapped(of_mock)
+            && agent::current().is_none()
             && agent.generation() == 0
             && descriptors() == 1
             && matches!(agent.memory(4096, "child"), Err(AgentError::NotAttached))
@@ -154,6 +193,7 @@ fn test_child_when_forked_is_detached_and_its_calls_are_plain() {
     assert_eq!(hops(&mock.seen()), 0);
     mock.set_gate(true);
     assert!(unmap(agent, at, 2 * PAGE) > before);
+    drop(context);
     agent.detach().unwrap();
 }
 

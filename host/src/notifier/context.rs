@@ -5,13 +5,13 @@
 //! [`Subscriber`](super::Subscriber) (which is `Sync`). A callback that is handed [`Ctx::NonSleeping`]
 //! therefore has nothing to call such a function with:
 //!
-//! ```compile_fail
+//! ```compile_fail,E0308
 //! use host::notifier::{MaySleep, NonSleeping};
 //! fn waits(_: &MaySleep) {}
 //! let section = NonSleeping::enter();
 //! waits(&section); // a NonSleeping is not a MaySleep and cannot be turned into one
 //! ```
-//! ```compile_fail
+//! ```compile_fail,E0277
 //! use host::notifier::MaySleep;
 //! let token = MaySleep::claim("doc");
 //! std::thread::scope(|s| { s.spawn(|| { let _ = &token; }); }); // neither Send nor Sync
