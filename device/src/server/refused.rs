@@ -10,6 +10,8 @@ use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::frame;
+
 /// Clients that wait for their answer. The longest waiting one makes room for one more.
 const MAX_REFUSED: usize = 16;
 
@@ -38,8 +40,7 @@ impl RefusedClients {
     pub(super) fn new(client_timeout: Duration) -> Self {
         Self {
             clients: VecDeque::new(),
-            // Any clock can add an hour.
-            patience: client_timeout.min(Duration::from_secs(3600)),
+            patience: client_timeout,
         }
     }
 
@@ -50,7 +51,7 @@ impl RefusedClients {
         }
         self.clients.push_back(Client {
             socket,
-            until: Instant::now() + self.patience,
+            until: frame::deadline(self.patience),
             header: [0; Header::SIZE],
             read: 0,
         });
