@@ -143,7 +143,7 @@ impl Cq {
         interrupts: &Interrupts,
         cqe: &Cqe,
         solicited: bool,
-        now: Time,
+        now: impl FnOnce() -> Time,
     ) -> Posted {
         let mut state = self.state();
         if self.destroyed.load(Ordering::SeqCst) || state.overflow {
@@ -178,7 +178,7 @@ impl Cq {
                 if state.due.is_some() {
                     return Posted::Yes;
                 }
-                state.due = Some(now + period);
+                state.due = Some(now() + period);
                 return Posted::Moderated;
             }
         }
@@ -400,7 +400,7 @@ mod tests {
         fn post(&mut self, now: u64, solicited: bool) -> Posted {
             let cqe = Cqe::new(CqeOpcode::RESPONDER_SEND, 0x40, 0);
             self.cq
-                .post(&mut self.port, &self.interrupts, &cqe, solicited, Time(now))
+                .post(&mut self.port, &self.interrupts, &cqe, solicited, || Time(now))
         }
 
         /// Armed after everything that is there.

@@ -192,7 +192,8 @@ impl ShardOwner<'_> {
         if cqe.syndrome().is_none() {
             cqe.timestamp = self.hca.iseg.ticks().into();
         }
-        let now = self.hca.now();
+        // (A clock is read for a completion only where moderation begins to wait.)
+        let now = || self.hca.now();
         match cq.post(self.port, &self.hca.interrupts, &cqe, solicited, now) {
             Posted::Yes => {}
             Posted::Moderated => self.hca.shard(cq.cqn).moderate(cq.cqn),
