@@ -27,10 +27,10 @@ use crate::transport::Time;
 
 /// An HCA.
 ///
-/// Lock order: `execution`, a shard, the page faults, a shard's inbox; a shard, an SRQ, a CQ, an EQ's producer, an EQ's door; the tables of `objects` and the
-/// mkeys are taken for a look-up only, with nothing taken meanwhile. A shard, the term of a queue pair's loans (of any
-/// HCA), the desk of its shard; nothing after that. The thread that serves the client takes the
-/// table of EQs, an EQ's door and a shard's inbox, and a reset all of them.
+/// Lock order: `execution`, a shard, the page faults, a shard's inbox. A shard, an SRQ, a CQ, an EQ's producer, an EQ's
+/// door. A shard, the term of a queue pair's loans (of any HCA), the desk of its shard. The tables of `objects` and the
+/// mkeys are taken for a look-up only, with nothing taken meanwhile. The thread that serves the client takes the table of
+/// EQs, an EQ's door and a shard's inbox, and a reset all of them.
 #[derive(Debug)]
 pub(super) struct Hca {
     pub(super) config: Mlx5Config,

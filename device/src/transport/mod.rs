@@ -2,7 +2,8 @@
 //!
 //! A [`Transport`] holds the queue pairs of one thread. It asks its [`Owner`] for requests and memory, and sends and
 //! receives [`Packet`]s through a [`Link`]. It knows no register layout and no clock, and waits for nothing but whoever
-//! copies from a loan at the moment when that ends. Time is an argument, so that a test with a seeded link replays every loss, order, duplication and delay.
+//! copies from a loan at the moment when that ends. Time is an argument, so that a test with a seeded link replays every
+//! loss, order, duplication and delay.
 //!
 //! Section numbers are those of the InfiniBand Architecture Specification, volume 1.
 //!
